@@ -1,0 +1,62 @@
+//! Every map of the object, in one place. `SETTINGS` and the read-only globals below are the
+//! agent's; `docs/architecture.md` says who writes what.
+
+use aya_ebpf::btf_maps::{Array, HashMap, LruHashMap, PerCpuArray, RingBuf, SkStorage};
+use aya_ebpf::macros::btf_map;
+use dataplane_ebpf::abi::{
+    Affinity, AffinityKey, Backend, EVENTS_BYTES, Endpoint, Event, FlowKey, Frontend, ListenerKey, MAX_AFFINITY,
+    MAX_BACKENDS, MAX_FRONTENDS, MAX_LISTENERS, MAX_PODS, MAX_REBINDS, MAX_SERVICES, MAX_SLOTS, MAX_SUSPECTS, Pod,
+    Rebind, Service, Settings, Slot, SlotKey, Socket, Stat, SuspectKey, Suspects, UdpSocket,
+};
+
+const NO_PREALLOC: usize = aya_ebpf::bindings::BPF_F_NO_PREALLOC as usize;
+const MMAPABLE: usize = aya_ebpf::bindings::BPF_F_MMAPABLE as usize;
+
+#[btf_map]
+pub static FRONTENDS: HashMap<Endpoint, Frontend, { MAX_FRONTENDS as usize }, NO_PREALLOC> = HashMap::new();
+#[btf_map]
+pub static SERVICES: Array<Service, { MAX_SERVICES as usize }, MMAPABLE> = Array::new();
+#[btf_map]
+pub static SLOTS: HashMap<SlotKey, Slot, { MAX_SLOTS as usize }, NO_PREALLOC> = HashMap::new();
+#[btf_map]
+pub static BACKENDS: Array<Backend, { MAX_BACKENDS as usize }, MMAPABLE> = Array::new();
+/// backend id → `health::Health`.
+#[btf_map]
+pub static HEALTH: Array<u64, { MAX_BACKENDS as usize }, MMAPABLE> = Array::new();
+#[btf_map]
+pub static BACKEND_INDEX: HashMap<Endpoint, u32, { MAX_BACKENDS as usize }, NO_PREALLOC> = HashMap::new();
+/// network namespace cookie → pod.
+#[btf_map]
+pub static PODS: HashMap<u64, Pod, { MAX_PODS as usize }, NO_PREALLOC> = HashMap::new();
+/// listener → how many sockets.
+#[btf_map]
+pub static LISTENERS: LruHashMap<ListenerKey, i32, { MAX_LISTENERS as usize }> = LruHashMap::new();
+#[btf_map]
+pub static AFFINITY: LruHashMap<AffinityKey, Affinity, { MAX_AFFINITY as usize }> = LruHashMap::new();
+#[btf_map]
+pub static SUSPECTS: LruHashMap<SuspectKey, Suspects, { MAX_SUSPECTS as usize }> = LruHashMap::new();
+#[btf_map]
+pub static SOCKETS: SkStorage<Socket> = SkStorage::new();
+#[btf_map]
+pub static UDP_SOCKETS: SkStorage<UdpSocket> = SkStorage::new();
+#[btf_map]
+pub static REBINDS: LruHashMap<FlowKey, Rebind, { MAX_REBINDS as usize }> = LruHashMap::new();
+/// How many entries `REBINDS` holds, or more (evictions are not seen here; the agent corrects it):
+/// 0 spares every packet the lookup.
+#[btf_map]
+pub static REBOUND: Array<u64, 1, MMAPABLE> = Array::new();
+#[btf_map]
+pub static SETTINGS: Array<Settings, 1, MMAPABLE> = Array::new();
+#[btf_map]
+pub static EVENTS: RingBuf<Event, { EVENTS_BYTES as usize }> = RingBuf::new();
+#[btf_map]
+pub static STATS: PerCpuArray<u64, { Stat::COUNT as usize }> = PerCpuArray::new();
+
+/// Adds one to a counter of this CPU.
+#[inline(always)]
+pub fn count(stat: Stat) {
+    if let Some(n) = STATS.get_ptr_mut(stat as u32) {
+        // SAFETY: the verifier checked the pointer; a per-CPU element is not written by another CPU.
+        unsafe { *n += 1 };
+    }
+}

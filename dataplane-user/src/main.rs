@@ -1,0 +1,3 @@
+//! The `hitless` binary.
+
+fn main() {}

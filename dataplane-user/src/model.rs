@@ -1,0 +1,165 @@
+//! The objects a source speaks of: services, backends, pods, nodes.
+//!
+//! The same types are the YAML file and the newline-delimited JSON stream.
+
+use std::{collections::BTreeMap, net::IpAddr, path::PathBuf, sync::Arc};
+
+use serde::{Deserialize, Serialize};
+
+/// The whole desired state: the file, or a relist on the stream.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, rename_all = "camelCase", default)]
+pub struct Snapshot {
+    pub services: Vec<Service>,
+    pub backends: Vec<Backend>,
+    pub pods: Vec<Pod>,
+    pub nodes: Vec<Node>,
+}
+
+/// One event on the stream: `{"op":"upsert","object":{"kind":"backend",…}}`,
+/// `{"op":"delete","object":{"kind":"pod","name":"shop/web-1"}}`, `{"op":"sync","state":{…}}`.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(tag = "op", rename_all = "camelCase", deny_unknown_fields)]
+pub enum Event {
+    Upsert { object: Object },
+    Delete { object: Key },
+    Sync { state: Snapshot },
+}
+
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(tag = "kind", rename_all = "camelCase")]
+pub enum Object {
+    Service(Service),
+    Backend(Backend),
+    Pod(Pod),
+    Node(Node),
+}
+
+/// What names an object.
+#[derive(Clone, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(tag = "kind", rename_all = "camelCase", deny_unknown_fields)]
+pub enum Key {
+    Service {
+        name: Arc<str>,
+    },
+    #[serde(rename_all = "camelCase")]
+    Backend {
+        service: Arc<str>,
+        #[serde(default)]
+        port: Arc<str>,
+        address: IpAddr,
+        target_port: u16,
+    },
+    Pod {
+        name: Arc<str>,
+    },
+    Node {
+        name: Arc<str>,
+    },
+}
+
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
+#[serde(rename_all = "UPPERCASE")]
+pub enum Protocol {
+    #[default]
+    Tcp,
+    Udp,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, rename_all = "camelCase")]
+pub struct Service {
+    /// namespace/name
+    pub name: Arc<str>,
+    /// Cluster IPs and external addresses of either family. Empty: reached only by gateways.
+    #[serde(default)]
+    pub addresses: Vec<IpAddr>,
+    pub ports: Vec<ServicePort>,
+    /// ClientIP session affinity, seconds; 0 is none.
+    #[serde(default)]
+    pub affinity_seconds: u32,
+    /// Headless: connections are never moved.
+    #[serde(default)]
+    pub headless: bool,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, rename_all = "camelCase")]
+pub struct ServicePort {
+    /// May be empty when the service has one port.
+    #[serde(default)]
+    pub name: Arc<str>,
+    pub port: u16,
+    #[serde(default)]
+    pub protocol: Protocol,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, rename_all = "camelCase")]
+pub struct Backend {
+    pub service: Arc<str>,
+    /// The service port's name.
+    #[serde(default)]
+    pub port: Arc<str>,
+    pub address: IpAddr,
+    pub target_port: u16,
+    /// The pod behind it, namespace/name.
+    #[serde(default)]
+    pub pod: Option<Arc<str>>,
+    #[serde(default = "yes")]
+    pub ready: bool,
+    #[serde(default = "yes")]
+    pub serving: bool,
+    #[serde(default)]
+    pub terminating: bool,
+    /// 1..=65535
+    #[serde(default = "one")]
+    pub weight: u16,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, rename_all = "camelCase")]
+pub struct Pod {
+    /// namespace/name
+    pub name: Arc<str>,
+    #[serde(default)]
+    pub addresses: Vec<IpAddr>,
+    /// Its network namespace, when it runs on this node.
+    #[serde(default)]
+    pub netns: Option<PathBuf>,
+    /// Instead of `netns`: any process of it.
+    #[serde(default)]
+    pub pid: Option<i32>,
+    #[serde(default = "yes")]
+    pub enrolled: bool,
+    /// Picks pod addresses itself; so does a pod labelled `gateway.networking.k8s.io/gateway-name`.
+    #[serde(default)]
+    pub gateway: bool,
+    #[serde(default)]
+    pub labels: BTreeMap<Arc<str>, Arc<str>>,
+    /// Names or numbers; default TERM.
+    #[serde(default)]
+    pub stop_signals: Vec<String>,
+    /// It was deleted (deletionTimestamp): its backends leave every service at once.
+    #[serde(default)]
+    pub terminating: bool,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, rename_all = "camelCase")]
+pub struct Node {
+    pub name: Arc<str>,
+    #[serde(default)]
+    pub addresses: Vec<IpAddr>,
+}
+
+/// Label of the pods that implement a Gateway (Gateway API, GEP-1762).
+pub const GATEWAY_LABEL: &str = "gateway.networking.k8s.io/gateway-name";
+
+const fn yes() -> bool {
+    true
+}
+
+const fn one() -> u16 {
+    1
+}
