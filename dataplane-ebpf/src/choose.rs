@@ -29,22 +29,23 @@ pub const fn accept(random: u32, weight: u32, max_weight: u32) -> bool {
 /// (reservoir sampling, A-Chao).
 #[derive(Clone, Copy, Debug)]
 pub struct Best {
-    pub class: Class,
+    /// A [`Class`], as a number: see `cell::hide` in the BPF object.
+    pub class: u32,
     pub backend: u32,
     pub generation: u32,
     total_weight: u32,
 }
 
 impl Best {
-    pub const NONE: Self = Self { class: Class::Stale, backend: 0, generation: 0, total_weight: 0 };
+    pub const NONE: Self = Self { class: Class::Stale as u32, backend: 0, generation: 0, total_weight: 0 };
 
     /// Shows it one more slot.
     #[inline(always)]
-    pub const fn offer(&mut self, class: Class, backend: u32, generation: u32, weight: u32, random: u32) {
-        if class as u8 > self.class as u8 || matches!(class, Class::Stale) {
+    pub const fn offer(&mut self, class: u32, backend: u32, generation: u32, weight: u32, random: u32) {
+        if class > self.class || class >= Class::Stale as u32 {
             return;
         }
-        if (class as u8) < self.class as u8 {
+        if class < self.class {
             self.class = class;
             self.total_weight = 0;
         }

@@ -9,6 +9,8 @@
 //! over it as `level` and `until`, so that it fades by itself and a probe can end it early. Times
 //! are ticks of 2^24 ns (16.8 ms) of `CLOCK_MONOTONIC`: 32 bits of them are two years of uptime.
 
+use crate::abi::{LAYER_CHOOSE, LAYER_KNOW};
+
 /// Nanoseconds to ticks.
 #[inline(always)]
 pub const fn ticks(ns: u64) -> u32 {
@@ -141,6 +143,27 @@ impl Health {
         }
     }
 
+    /// [`Health::class`] as far as the switched-on `layers` look, for a slot of the service's ready or
+    /// `terminating` section. A backend that terminates is never better than draining.
+    #[inline(always)]
+    pub const fn seen(self, generation: u32, now: u32, layers: u32, terminating: bool) -> Class {
+        let class = if layers & LAYER_CHOOSE != 0 {
+            self.class(generation, now)
+        } else if layers & LAYER_KNOW != 0 {
+            self.without_suspicion().class(generation, now)
+        } else {
+            match self.class(generation, now) {
+                Class::Stale => Class::Stale,
+                _ => Class::Live,
+            }
+        };
+        match class {
+            Class::Live if terminating => Class::Draining,
+            Class::Probe if terminating => Class::Suspect,
+            class => class,
+        }
+    }
+
     /// The word that the one prober of a suspect backend must exchange in: suspect for another
     /// term, until the probe's outcome is known.
     #[inline(always)]
@@ -247,6 +270,20 @@ mod tests {
         let h = Health::new(State::Ready, 7);
         assert_eq!(h.class(7, 0), Class::Live);
         assert_eq!(h.class(8, 0), Class::Stale);
+    }
+
+    #[test]
+    fn layers_that_are_off_look_away() {
+        let ready = Health::new(State::Ready, 1);
+        let suspect = ready.after(failed(0));
+        let refusing = ready.after(Input::ListenerClosed);
+        let seen = |h: Health, layers| h.seen(1, 0, layers, false);
+        assert_eq!(seen(suspect, LAYER_CHOOSE), Class::Suspect);
+        assert_eq!(seen(suspect, LAYER_KNOW), Class::Live);
+        assert_eq!(seen(refusing, LAYER_KNOW), Class::Refusing);
+        assert_eq!(seen(refusing, 0), Class::Live, "the classic way takes whatever is listed");
+        assert_eq!(refusing.seen(2, 0, 0, false), Class::Stale, "but never another generation's slot");
+        assert_eq!(ready.seen(1, 0, LAYER_CHOOSE, true), Class::Draining);
     }
 
     #[test]

@@ -9,3 +9,4 @@
 pub mod abi;
 pub mod choose;
 pub mod health;
+pub mod offsets;

@@ -2,13 +2,17 @@
 
 #![no_std]
 #![no_main]
-#![feature(core_intrinsics)]
+#![feature(asm_experimental_arch, core_intrinsics)]
 #![expect(
     internal_features,
     reason = "the BPF target has no AtomicU64::compare_exchange, the instruction it has (5.12)"
 )]
 
+mod cell;
+mod events;
 mod maps;
+mod pick;
+mod suspect;
 
 #[cfg(not(test))]
 #[panic_handler]
@@ -22,35 +26,17 @@ static LICENSE: [u8; 13] = *b"Dual MIT/GPL\0";
 
 mod hello {
     use crate::maps::*;
-    use aya_ebpf::{macros::*, programs::*};
+    use aya_ebpf::{EbpfContext, helpers::*, macros::*, programs::*};
     use dataplane_ebpf::abi::*;
     #[cgroup_sock_addr(connect4)]
     fn hitless_connect4(ctx: SockAddrContext) -> i32 {
+        let Some(settings) = settings() else { return 1 };
         let k = Endpoint::new(Addr::v4(unsafe { (*ctx.sock_addr).user_ip4 }), 1, 6);
         if let Some(f) = unsafe { FRONTENDS.get(k) } {
-            if let Some(s) = SERVICES.get(f.service) {
-                if s.id != 0 {
-                    count(Stat::Refused);
-                }
-            }
-        }
-        if let Some(h) = HEALTH.get_ptr_mut(7) {
-            let v = unsafe { core::ptr::read_volatile(h) };
-            let (_o, ok) = unsafe {
-                core::intrinsics::atomic_cxchg::<
-                    u64,
-                    { core::intrinsics::AtomicOrdering::SeqCst },
-                    { core::intrinsics::AtomicOrdering::SeqCst },
-                >(h, v, v + 1)
-            };
-            if !ok {
-                count(Stat::Refused);
-            }
-        }
-        let s = unsafe { SOCKETS.get_or_insert_ptr_mut(&ctx, None) };
-        if !s.is_null() {
-            unsafe {
-                (*s).service = 0;
+            if let Some(p) = crate::pick::pick(settings, f.service, &[0; MAX_TRIES], &Addr::default(), true) {
+                unsafe { (*ctx.sock_addr).user_ip4 = p.at.addr.0[3] };
+                crate::suspect::answered(p.backend, p.generation);
+                crate::suspect::failed(settings, p.backend, p.generation, f.service, 1, 111);
             }
         }
         1

@@ -4,9 +4,9 @@
 use aya_ebpf::btf_maps::{Array, HashMap, LruHashMap, PerCpuArray, RingBuf, SkStorage};
 use aya_ebpf::macros::btf_map;
 use dataplane_ebpf::abi::{
-    Affinity, AffinityKey, Backend, EVENTS_BYTES, Endpoint, Event, FlowKey, Frontend, ListenerKey, MAX_AFFINITY,
-    MAX_BACKENDS, MAX_FRONTENDS, MAX_LISTENERS, MAX_PODS, MAX_REBINDS, MAX_SERVICES, MAX_SLOTS, MAX_SUSPECTS, Pod,
-    Rebind, Service, Settings, Slot, SlotKey, Socket, Stat, SuspectKey, Suspects, UdpSocket,
+    Affinity, AffinityKey, Backend, EVENTS_BYTES, Endpoint, FlowKey, Frontend, ListenerKey, MAX_AFFINITY, MAX_BACKENDS,
+    MAX_FRONTENDS, MAX_LISTENERS, MAX_PODS, MAX_REBINDS, MAX_SERVICES, MAX_SLOTS, MAX_SUSPECTS, Pod, Rebind, Service,
+    Settings, Slot, SlotKey, Socket, Stat, SuspectKey, Suspects, UdpSocket,
 };
 
 const NO_PREALLOC: usize = aya_ebpf::bindings::BPF_F_NO_PREALLOC as usize;
@@ -47,8 +47,9 @@ pub static REBINDS: LruHashMap<FlowKey, Rebind, { MAX_REBINDS as usize }> = LruH
 pub static REBOUND: Array<u64, 1, MMAPABLE> = Array::new();
 #[btf_map]
 pub static SETTINGS: Array<Settings, 1, MMAPABLE> = Array::new();
+/// `abi::Event` records. Not said in the type: libbpf's tools refuse a ring buffer with a value size.
 #[btf_map]
-pub static EVENTS: RingBuf<Event, { EVENTS_BYTES as usize }> = RingBuf::new();
+pub static EVENTS: RingBuf<(), { EVENTS_BYTES as usize }> = RingBuf::new();
 #[btf_map]
 pub static STATS: PerCpuArray<u64, { Stat::COUNT as usize }> = PerCpuArray::new();
 
@@ -59,4 +60,10 @@ pub fn count(stat: Stat) {
         // SAFETY: the verifier checked the pointer; a per-CPU element is not written by another CPU.
         unsafe { *n += 1 };
     }
+}
+
+/// The agent's settings. `None` never happens, but the verifier asks.
+#[inline(always)]
+pub fn settings() -> Option<&'static Settings> {
+    SETTINGS.get(0)
 }
