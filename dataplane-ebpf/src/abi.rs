@@ -220,6 +220,8 @@ pub struct Socket {
     /// When `connect()` entered the hook, `CLOCK_MONOTONIC` ns.
     pub connect_ns: u64,
     pub netns_cookie: u64,
+    /// When the last SYN left, `CLOCK_MONOTONIC` ns; the tc program's.
+    pub syn_ns: u64,
     /// What the application asked for.
     pub original: Endpoint,
     /// 0: not a connection of ours. For a gateway's connection, [`Backend::group`].
@@ -515,7 +517,7 @@ sizes! {
     Affinity = 16,
     SuspectKey = 16,
     Suspects = 16,
-    Socket = 152,
+    Socket = 160,
     UdpPeer = 56,
     UdpSocket = 456,
     FlowKey = 36,
