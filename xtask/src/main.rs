@@ -1,6 +1,7 @@
 //! `cargo xtask`: build, test, measure, show.
 
 mod ebpf;
+mod gate;
 mod packages;
 mod step;
 mod workspace;
@@ -25,6 +26,8 @@ enum Task {
         #[arg(long)]
         log: bool,
     },
+    /// Refuse anything in the BPF object that Linux 5.15 lacks
+    Gate,
 }
 
 fn main() -> Result<()> {
@@ -34,6 +37,7 @@ fn main() -> Result<()> {
             let object = ebpf::build(&workspace, log)?;
             println!("{}", object.display());
         }
+        Task::Gate => gate::run(&workspace.object())?,
     }
     Ok(())
 }
