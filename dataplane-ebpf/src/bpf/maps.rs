@@ -23,11 +23,12 @@ pub static BACKENDS: Array<Backend, { MAX_BACKENDS as usize }, MMAPABLE> = Array
 /// backend id → `health::Health`.
 #[btf_map]
 pub static HEALTH: Array<u64, { MAX_BACKENDS as usize }, MMAPABLE> = Array::new();
+/// Preallocated, as 5.15 wants of a hash that a tracepoint reads (`cargo xtask gate`).
 #[btf_map]
-pub static BACKEND_INDEX: HashMap<Endpoint, u32, { MAX_BACKENDS as usize }, NO_PREALLOC> = HashMap::new();
-/// network namespace cookie → pod.
+pub static BACKEND_INDEX: HashMap<Endpoint, u32, { MAX_BACKENDS as usize }> = HashMap::new();
+/// network namespace cookie → pod. Preallocated like `BACKEND_INDEX`.
 #[btf_map]
-pub static PODS: HashMap<u64, Pod, { MAX_PODS as usize }, NO_PREALLOC> = HashMap::new();
+pub static PODS: HashMap<u64, Pod, { MAX_PODS as usize }> = HashMap::new();
 /// listener → how many sockets.
 #[btf_map]
 pub static LISTENERS: LruHashMap<ListenerKey, i32, { MAX_LISTENERS as usize }> = LruHashMap::new();
