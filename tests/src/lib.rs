@@ -1,1 +1,5 @@
-//! The lab: nodes and pods as network namespaces, and what runs in them.
+//! The lab: nodes and pods as network namespaces, the real processes that run in them, and the demo.
+
+pub mod demo;
+pub mod lab;
+pub mod workload;

@@ -1,0 +1,120 @@
+//! What the runs showed, as a table, as a timeline and as JSON.
+
+use std::path::Path;
+
+use anyhow::{Context, Result};
+use serde_json::json;
+
+use super::{Mode, Options, rollout::Run};
+
+pub(super) fn print(options: &Options, runs: &[Run]) {
+    let each = if options.keep_alive { "kept connections" } else { "a new connection each" };
+    println!(
+        "\n{} requests/s, {each}; {} pods, each replaced {} times; the control plane is late by {}\n",
+        options.rate, options.pods, options.rounds, options.control_plane_delay
+    );
+    println!(
+        "{:<8} {:>9} {:>7} {:>10} {:>22} {:>9}",
+        "mode", "requests", "failed", "per death", "connect p50/p99/max", "rebound"
+    );
+    for run in runs {
+        let connect = format!("{}/{}/{}", time(run.connect.p50), time(run.connect.p99), time(run.connect.max));
+        println!(
+            "{:<8} {:>9} {:>7} {:>10.1} {connect:>22} {:>9}",
+            run.mode.name(),
+            run.requests,
+            run.failed,
+            run.failed as f64 / run.deaths_us.len().max(1) as f64,
+            run.rebound,
+        );
+    }
+    println!("\nFailures are the client's count; connect is the gateway's, to pods, where it succeeded.");
+    for run in runs {
+        for (reason, count) in &run.reasons {
+            println!("  {:<8} {count:>6} x {reason}", run.mode.name());
+        }
+    }
+    timeline(runs);
+}
+
+fn time(us: u64) -> String {
+    match us {
+        0..1_000 => format!("{us}µs"),
+        1_000..10_000 => format!("{:.1}ms", us as f64 / 1e3),
+        10_000..1_000_000 => format!("{}ms", us / 1_000),
+        _ => format!("{:.1}s", us as f64 / 1e6),
+    }
+}
+
+/// Width of a column: as fine as 100 ms when that fits.
+const COLUMNS: u64 = 100;
+const BLOCKS: [char; 8] = ['▁', '▂', '▃', '▄', '▅', '▆', '▇', '█'];
+
+fn timeline(runs: &[Run]) {
+    let longest = runs.iter().map(|run| run.end_us - run.start_us).max().unwrap_or(0);
+    let column_us = longest.div_ceil(COLUMNS).div_ceil(100_000).max(1) * 100_000;
+    let columns = (longest / column_us + 1) as usize;
+    let bars: Vec<Vec<usize>> =
+        runs.iter().map(|run| count(&run.failures_us, run.start_us, column_us, columns)).collect();
+    let most = bars.iter().flatten().copied().max().unwrap_or(0).max(1);
+    println!("\nfailures per {} ms (█ = {most}), ▼ = a pod dies", column_us / 1000);
+    for (run, bars) in runs.iter().zip(&bars) {
+        let deaths = count(&run.deaths_us, run.start_us, column_us, columns);
+        let marks: String = deaths.iter().map(|&n| if n > 0 { '▼' } else { ' ' }).collect();
+        let line: String = bars
+            .iter()
+            .map(|&n| if n == 0 { '·' } else { BLOCKS[(n * BLOCKS.len()).div_ceil(most).min(BLOCKS.len()) - 1] })
+            .collect();
+        println!("{:<8} {}\n{:<8} {line}", "", marks.trim_end(), run.mode.name());
+    }
+}
+
+/// How many of `times` fall into each column.
+pub(super) fn count(times: &[u64], start_us: u64, column_us: u64, columns: usize) -> Vec<usize> {
+    let mut counts = vec![0; columns];
+    for time in times {
+        let column = (time.saturating_sub(start_us) / column_us) as usize;
+        if let Some(count) = counts.get_mut(column) {
+            *count += 1;
+        }
+    }
+    counts
+}
+
+pub(super) fn write_json(path: &Path, runs: &[Run]) -> Result<()> {
+    let runs: Vec<_> = runs
+        .iter()
+        .map(|run| {
+            json!({
+                "mode": run.mode.name(),
+                "requests": run.requests,
+                "failed": run.failed,
+                "pod_deaths": run.deaths_us.len(),
+                "rebound": run.rebound,
+                "connect_us": { "p50": run.connect.p50, "p99": run.connect.p99, "max": run.connect.max },
+                "latency_us": { "p50": run.latency.p50, "p99": run.latency.p99, "max": run.latency.max },
+            })
+        })
+        .collect();
+    let text = serde_json::to_string_pretty(&json!({ "runs": runs }))?;
+    std::fs::write(path, text + "\n").with_context(|| format!("write {}", path.display()))
+}
+
+/// The demo's promise: classic shows the problem, hitless does not have it.
+pub(super) fn verdict(runs: &[Run]) -> bool {
+    let mut good = true;
+    for run in runs {
+        match run.mode {
+            Mode::Classic if run.failed == 0 => {
+                eprintln!("classic lost no request: the problem was not reproduced");
+                good = false;
+            }
+            Mode::Hitless if run.failed > 0 => {
+                eprintln!("hitless lost {} requests: it should lose none", run.failed);
+                good = false;
+            }
+            _ => {}
+        }
+    }
+    good
+}
