@@ -1,0 +1,390 @@
+//! Pods of this node: their namespaces' cookies in `PODS`, tc programs on their interfaces, their
+//! listeners counted.
+//!
+//! [`Enroller`] lives on the agent's thread and is the writer of `PODS`. What enters a namespace is
+//! a [`Job`] for one worker thread, so jobs of a pod stay in order; each ends in an [`Outcome`].
+
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    path::PathBuf,
+    sync::{
+        Arc,
+        mpsc::{Receiver, Sender, channel},
+    },
+    time::Duration,
+};
+
+use dataplane_ebpf::abi::Pod;
+use tokio::sync::mpsc::{UnboundedReceiver, UnboundedSender, unbounded_channel};
+
+use super::{
+    Tcx,
+    error::Error,
+    interfaces::{Attachment, Interfaces},
+    load::Programs,
+    maps::Maps,
+    netns, snapshot,
+};
+use crate::registry::change::{Enrollment, Netns, PodId};
+
+/// How many pods one [`Enroller::check`] looks after.
+const PER_CHECK: usize = 32;
+
+/// What the worker did, for [`Kernel::complete`](super::Kernel::complete).
+#[derive(Debug)]
+pub struct Outcome(Done);
+
+#[derive(Debug)]
+enum Done {
+    Attached {
+        pod: PodId,
+        round: u64,
+        result: Result<Attachment, Error>,
+    },
+    /// Everything that was asked for before was done.
+    Reached,
+    /// The node's interfaces changed.
+    LinksChanged,
+    Detached {
+        cookie: u64,
+        result: Result<(), Error>,
+    },
+}
+
+/// What the agent may want to tell about a pod.
+#[derive(Debug)]
+pub enum Notice {
+    Enrolled {
+        pod: PodId,
+        name: Arc<str>,
+        cookie: u64,
+        interfaces: Vec<String>,
+        tcx: bool,
+        listeners: usize,
+    },
+    /// It is not (fully) enrolled; tried again by the next check.
+    Failed {
+        pod: PodId,
+        name: Arc<str>,
+        error: Error,
+    },
+    /// Something that others had removed is back.
+    Repaired {
+        pod: PodId,
+        name: Arc<str>,
+        interfaces: Vec<String>,
+    },
+    /// Detaching from a namespace that is no longer wanted failed.
+    DetachFailed {
+        cookie: u64,
+        error: Error,
+    },
+}
+
+/// Work in a network namespace.
+enum Job {
+    Attach { enrollment: Arc<Enrollment>, round: u64 },
+    Detach { cookie: u64, path: Option<PathBuf> },
+    Reach,
+}
+
+struct PodState {
+    enrollment: Arc<Enrollment>,
+    /// Counts enrollments: an older job's result is of no interest.
+    round: u64,
+    cookie: Option<u64>,
+    /// The worker has attached to its interfaces at least once.
+    attached: bool,
+    failing: bool,
+}
+
+/// The agent's side.
+pub struct Enroller {
+    maps: Arc<Maps>,
+    links: PathBuf,
+    pods: BTreeMap<PodId, PodState>,
+    rounds: u64,
+    /// Before activation jobs wait here.
+    waiting: Option<Vec<Job>>,
+    jobs: Sender<Job>,
+    outcomes: UnboundedSender<Outcome>,
+    watching_links: bool,
+    /// Where the next check goes on.
+    next_check: PodId,
+    /// Jobs of checks that are still under way.
+    checking: usize,
+}
+
+impl Enroller {
+    pub fn start(
+        tcx: Tcx,
+        links: PathBuf,
+        programs: Programs,
+        maps: Arc<Maps>,
+    ) -> Result<(Self, UnboundedReceiver<Outcome>), Error> {
+        let (jobs, queue) = channel();
+        let (outcomes, results) = unbounded_channel();
+        let worker = Interfaces::new(tcx, links.clone(), programs, maps.listeners.clone());
+        let sender = outcomes.clone();
+        std::thread::Builder::new()
+            .name("enroll".to_owned())
+            .spawn(move || work(&worker, &queue, &sender))
+            .map_err(|source| Error::Thread { what: "the thread that enters network namespaces", source })?;
+        let enroller = Self {
+            maps,
+            links,
+            pods: BTreeMap::new(),
+            rounds: 0,
+            waiting: Some(Vec::new()),
+            jobs,
+            outcomes,
+            watching_links: false,
+            next_check: 0,
+            checking: 0,
+        };
+        Ok((enroller, results))
+    }
+
+    pub fn enroll(&mut self, enrollment: &Arc<Enrollment>) -> Result<(), Error> {
+        self.rounds += 1;
+        let round = self.rounds;
+        let before = self.pods.remove(&enrollment.pod);
+        let moved = before.as_ref().is_none_or(|before| before.enrollment.netns != enrollment.netns);
+        let cookie = before.as_ref().and_then(|before| before.cookie);
+        let state = match before {
+            // Only its terms changed: no need to enter the namespace.
+            Some(before) if !moved => PodState { enrollment: enrollment.clone(), ..before },
+            _ => PodState { enrollment: enrollment.clone(), round, cookie: None, attached: false, failing: false },
+        };
+        self.pods.insert(enrollment.pod, state);
+        if moved {
+            if let Some(cookie) = cookie {
+                self.forget(cookie, None)?;
+            }
+            self.send(Job::Attach { enrollment: enrollment.clone(), round });
+            if enrollment.netns == Netns::Host {
+                self.watch_links();
+            }
+            Ok(())
+        } else {
+            cookie.map_or(Ok(()), |cookie| self.publish(cookie))
+        }
+    }
+
+    pub fn release(&mut self, pod: PodId) -> Result<(), Error> {
+        let Some(state) = self.pods.remove(&pod) else { return Ok(()) };
+        let path = match &state.enrollment.netns {
+            Netns::Path(path) => Some(path.clone()),
+            Netns::Host => None,
+        };
+        match state.cookie {
+            Some(cookie) => self.forget(cookie, path),
+            None => Ok(()),
+        }
+    }
+
+    /// Learns the cookies of the pods that wait and writes them, so that the programs find every pod
+    /// from their first packet on; attaching to interfaces may take its time after that.
+    pub fn prepare(&mut self) {
+        let Some(waiting) = &self.waiting else { return };
+        let enrollments: Vec<_> = waiting
+            .iter()
+            .filter_map(|job| match job {
+                Job::Attach { enrollment, .. } => Some(enrollment.clone()),
+                _ => None,
+            })
+            .collect();
+        for enrollment in enrollments {
+            let cookie = match &enrollment.netns {
+                Netns::Path(path) => netns::within(path, netns::cookie),
+                Netns::Host => netns::cookie(),
+            };
+            // What fails here fails again in the job, which tells.
+            let Ok(cookie) = cookie else { continue };
+            if let Some(state) = self.pods.get_mut(&enrollment.pod) {
+                state.cookie = Some(cookie);
+                let _ = self.publish(cookie);
+            }
+        }
+    }
+
+    pub fn activate(&mut self) {
+        for job in self.waiting.take().unwrap_or_default() {
+            self.send(job);
+        }
+        self.send(Job::Reach);
+    }
+
+    /// Looks after some pods: new interfaces, filters that others flushed, a namespace made anew.
+    pub fn check(&mut self) {
+        if self.checking > 0 {
+            return;
+        }
+        let later = self.pods.range(self.next_check..).map(|(pod, _)| *pod);
+        let pods: Vec<_> =
+            later.chain(self.pods.range(..self.next_check).map(|(pod, _)| *pod)).take(PER_CHECK).collect();
+        self.next_check = pods.last().map_or(0, |pod| pod + 1);
+        for pod in pods {
+            self.recheck(pod);
+        }
+    }
+
+    fn recheck(&mut self, pod: PodId) {
+        if let Some(state) = self.pods.get(&pod) {
+            let job = Job::Attach { enrollment: state.enrollment.clone(), round: state.round };
+            self.checking += 1;
+            self.send(job);
+        }
+    }
+
+    pub fn complete(&mut self, outcome: Outcome) -> Vec<Notice> {
+        match outcome.0 {
+            Done::Attached { pod, round, result } => {
+                self.checking = self.checking.saturating_sub(1);
+                self.attached(pod, round, result).into_iter().collect()
+            }
+            Done::Reached => self.prune(),
+            Done::LinksChanged => {
+                let host = self.pods.values().find(|state| state.enrollment.netns == Netns::Host);
+                if let Some(pod) = host.map(|state| state.enrollment.pod) {
+                    self.recheck(pod);
+                }
+                Vec::new()
+            }
+            Done::Detached { cookie, result } => match result {
+                Ok(()) => Vec::new(),
+                Err(error) => vec![Notice::DetachFailed { cookie, error }],
+            },
+        }
+    }
+
+    fn attached(&mut self, pod: PodId, round: u64, result: Result<Attachment, Error>) -> Option<Notice> {
+        let state = self.pods.get_mut(&pod)?;
+        let name = state.enrollment.name.clone();
+        if state.round != round {
+            // Released and enrolled elsewhere meanwhile: that job is on its way. What this one
+            // attached to is found and let go when it was another namespace.
+            if let Ok(attachment) = result
+                && self.pods.values().all(|state| state.cookie != Some(attachment.cookie))
+            {
+                self.send(Job::Detach { cookie: attachment.cookie, path: None });
+            }
+            return None;
+        }
+        let attachment = match result {
+            Ok(attachment) => attachment,
+            Err(error) => {
+                let told = std::mem::replace(&mut state.failing, true);
+                return (!told).then_some(Notice::Failed { pod, name, error });
+            }
+        };
+        let first = !std::mem::replace(&mut state.attached, true) || std::mem::take(&mut state.failing);
+        let before = state.cookie.replace(attachment.cookie);
+        let moved = before.is_some_and(|before| before != attachment.cookie);
+        let written = self.publish(attachment.cookie);
+        if let Some(before) = before
+            && moved
+        {
+            // The same path, another namespace: the pod was made anew.
+            let _ = self.forget(before, None);
+        }
+        if let Err(error) = written {
+            return Some(Notice::Failed { pod, name, error });
+        }
+        if first || moved {
+            let Attachment { cookie, interfaces, tcx, listeners, .. } = attachment;
+            return Some(Notice::Enrolled { pod, name, cookie, interfaces, tcx, listeners });
+        }
+        (!attachment.repaired.is_empty()).then_some(Notice::Repaired { pod, name, interfaces: attachment.repaired })
+    }
+
+    /// Lets go of the namespaces that an agent before left and that nobody claimed.
+    fn prune(&mut self) -> Vec<Notice> {
+        let claimed: BTreeSet<u64> = self.pods.values().filter_map(|state| state.cookie).collect();
+        let mut left: BTreeSet<u64> =
+            self.maps.pods.entries::<u64, Pod>().unwrap_or_default().into_iter().map(|(cookie, _)| cookie).collect();
+        let pins = snapshot::pinned(&self.links).unwrap_or_default();
+        left.extend(pins.iter().filter_map(|pin| super::interfaces::cookie_of(pin)));
+        let mut notices = Vec::new();
+        for cookie in left.difference(&claimed) {
+            if let Err(error) = self.forget(*cookie, None) {
+                notices.push(Notice::DetachFailed { cookie: *cookie, error });
+            }
+        }
+        notices
+    }
+
+    pub fn enrolled(&self) -> BTreeMap<PodId, u64> {
+        let attached = self.pods.iter().filter(|(_, state)| state.attached);
+        attached.filter_map(|(pod, state)| Some((*pod, state.cookie?))).collect()
+    }
+
+    /// Writes `PODS[cookie]`. Pods that share a namespace (the host's) share the entry: the lowest
+    /// number's.
+    fn publish(&self, cookie: u64) -> Result<(), Error> {
+        let Some(state) = self.pods.values().find(|state| state.cookie == Some(cookie)) else {
+            return self.maps.pods.delete(&cookie).map(drop);
+        };
+        let Enrollment { pod, flags, stop_signals, first_backend, .. } = *state.enrollment;
+        self.maps.pods.put(&cookie, &Pod { pod, flags, stop_signals, first_backend, _pad: 0 })
+    }
+
+    /// A pod left that namespace: the programs let go of it at once, its interfaces follow.
+    fn forget(&self, cookie: u64, path: Option<PathBuf>) -> Result<(), Error> {
+        let written = self.publish(cookie);
+        if self.pods.values().all(|state| state.cookie != Some(cookie)) {
+            let job = Job::Detach { cookie, path };
+            // Before activation there is nothing of ours to detach; `prune` finds what is left.
+            if self.waiting.is_none() {
+                let _ = self.jobs.send(job);
+            }
+        }
+        written
+    }
+
+    fn send(&mut self, job: Job) {
+        match &mut self.waiting {
+            Some(waiting) => waiting.push(job),
+            // The worker ends with this sender: it cannot be gone before.
+            None => drop(self.jobs.send(job)),
+        }
+    }
+
+    /// From now on a change of the node's interfaces is told by the kernel.
+    fn watch_links(&mut self) {
+        if std::mem::replace(&mut self.watching_links, true) {
+            return;
+        }
+        let outcomes = self.outcomes.clone();
+        let watch = move || {
+            let Ok(mut socket) = netns::link_monitor() else { return };
+            while !outcomes.is_closed() {
+                if netns::wait_for_links(&mut socket, Duration::from_secs(1)) {
+                    // New interfaces come in bursts of messages.
+                    std::thread::sleep(Duration::from_millis(20));
+                    netns::drain(&mut socket);
+                    let _ = outcomes.send(Outcome(Done::LinksChanged));
+                }
+            }
+        };
+        // Without the thread, the periodic check finds new interfaces.
+        drop(std::thread::Builder::new().name("links".to_owned()).spawn(watch));
+    }
+}
+
+fn work(interfaces: &Interfaces, jobs: &Receiver<Job>, outcomes: &UnboundedSender<Outcome>) {
+    for job in jobs {
+        let done = match job {
+            Job::Attach { enrollment, round } => {
+                Done::Attached { pod: enrollment.pod, round, result: interfaces.attach(&enrollment) }
+            }
+            Job::Detach { cookie, path } => {
+                Done::Detached { cookie, result: interfaces.detach(cookie, path.as_deref()) }
+            }
+            Job::Reach => Done::Reached,
+        };
+        if outcomes.send(Outcome(done)).is_err() {
+            return;
+        }
+    }
+}

@@ -1,0 +1,195 @@
+//! The maps as the agent holds them: descriptors of the hash maps, the mmapable arrays in memory.
+
+use std::{
+    io,
+    os::fd::{AsFd, BorrowedFd, OwnedFd},
+    path::Path,
+    sync::Arc,
+};
+
+use aya::Pod;
+use dataplane_ebpf::abi;
+use serde::{Deserialize, Serialize};
+
+use super::{
+    error::Error,
+    sys::{self, MappedArray},
+};
+
+/// Most entries per map. A change makes a new layout: the agent fills new maps and moves over.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, rename_all = "camelCase", default)]
+pub struct Sizes {
+    pub frontends: u32,
+    pub services: u32,
+    pub slots: u32,
+    pub backends: u32,
+    pub pods: u32,
+    pub listeners: u32,
+    pub affinity: u32,
+    pub suspects: u32,
+    pub rebinds: u32,
+    /// Bytes of the event ring, a power of two of at least one page.
+    pub events_bytes: u32,
+}
+
+impl Default for Sizes {
+    fn default() -> Self {
+        Self {
+            frontends: abi::MAX_FRONTENDS,
+            services: abi::MAX_SERVICES,
+            slots: abi::MAX_SLOTS,
+            backends: abi::MAX_BACKENDS,
+            pods: abi::MAX_PODS,
+            listeners: abi::MAX_LISTENERS,
+            affinity: abi::MAX_AFFINITY,
+            suspects: abi::MAX_SUSPECTS,
+            rebinds: abi::MAX_REBINDS,
+            events_bytes: abi::EVENTS_BYTES,
+        }
+    }
+}
+
+/// A sized map: its name, and the configuration key that raises its size.
+pub const SIZED: &[(&str, &str)] = &[
+    ("FRONTENDS", "sizes.frontends"),
+    ("SERVICES", "sizes.services"),
+    ("SLOTS", "sizes.slots"),
+    ("BACKENDS", "sizes.backends"),
+    ("HEALTH", "sizes.backends"),
+    ("BACKEND_INDEX", "sizes.backends"),
+    ("PODS", "sizes.pods"),
+    ("LISTENERS", "sizes.listeners"),
+    ("AFFINITY", "sizes.affinity"),
+    ("SUSPECTS", "sizes.suspects"),
+    ("REBINDS", "sizes.rebinds"),
+    ("EVENTS", "sizes.eventsBytes"),
+];
+
+impl Sizes {
+    /// The configured size of a map; `None`: it has but one.
+    pub fn of(&self, map: &str) -> Option<u32> {
+        Some(match map {
+            "FRONTENDS" => self.frontends,
+            "SERVICES" => self.services,
+            "SLOTS" => self.slots,
+            "BACKENDS" | "HEALTH" | "BACKEND_INDEX" => self.backends,
+            "PODS" => self.pods,
+            "LISTENERS" => self.listeners,
+            "AFFINITY" => self.affinity,
+            "SUSPECTS" => self.suspects,
+            "REBINDS" => self.rebinds,
+            "EVENTS" => self.events_bytes,
+            _ => return None,
+        })
+    }
+}
+
+pub fn size_key(map: &str) -> &'static str {
+    SIZED.iter().find(|(name, _)| *name == map).map_or("its size", |(_, key)| key)
+}
+
+/// A hash map by descriptor; clones share it.
+#[derive(Clone, Debug)]
+pub struct HashMap {
+    pub name: &'static str,
+    pub size: u32,
+    fd: Arc<OwnedFd>,
+}
+
+impl HashMap {
+    pub fn fd(&self) -> BorrowedFd<'_> {
+        self.fd.as_fd()
+    }
+
+    pub fn get<K: Pod, V: Pod + Default>(&self, key: &K) -> Result<Option<V>, Error> {
+        sys::map_lookup(self.fd(), key).map_err(|source| self.failed("a lookup", source))
+    }
+
+    pub fn put<K: Pod, V: Pod>(&self, key: &K, value: &V) -> Result<(), Error> {
+        sys::map_update(self.fd(), key, value).map_err(|source| self.failed("an update", source))
+    }
+
+    pub fn delete<K: Pod>(&self, key: &K) -> Result<bool, Error> {
+        sys::map_delete(self.fd(), key).map_err(|source| self.failed("a deletion", source))
+    }
+
+    pub fn entries<K: Pod + Default, V: Pod + Default>(&self) -> Result<Vec<(K, V)>, Error> {
+        sys::map_entries(self.fd()).map_err(|source| self.failed("reading it", source))
+    }
+
+    pub fn failed(&self, doing: &'static str, source: io::Error) -> Error {
+        match source.raw_os_error() {
+            Some(libc::E2BIG) => Error::MapFull { map: self.name, size: self.size, key: size_key(self.name) },
+            _ => Error::Map { map: self.name, doing, source },
+        }
+    }
+}
+
+/// All maps of the object that the agent reads or writes.
+#[derive(Debug)]
+pub struct Maps {
+    pub frontends: HashMap,
+    pub slots: HashMap,
+    pub backend_index: HashMap,
+    pub pods: HashMap,
+    pub listeners: HashMap,
+    pub affinity: HashMap,
+    pub suspects: HashMap,
+    pub rebinds: HashMap,
+    pub services: MappedArray<abi::Service>,
+    pub backends: MappedArray<abi::Backend>,
+    pub health: MappedArray<u64>,
+    pub settings: MappedArray<abi::Settings>,
+    pub rebound: MappedArray<u64>,
+    pub stats: OwnedFd,
+}
+
+impl Maps {
+    /// Opens the pins. `writable` false: for a look from outside.
+    pub fn open(pin: impl Fn(&str) -> std::path::PathBuf, sizes: &Sizes, writable: bool) -> Result<Self, Error> {
+        let open = |name: &'static str| -> Result<OwnedFd, Error> {
+            let path = pin(name);
+            // A read-only mapping needs no more than a read-only descriptor.
+            sys::open_pin(&path, if writable { 0 } else { sys::F_RDONLY }).map_err(|source| pin_error(&path, source))
+        };
+        let hash = |name: &'static str| -> Result<HashMap, Error> {
+            Ok(HashMap { name, size: sizes.of(name).unwrap_or(0), fd: Arc::new(open(name)?) })
+        };
+        fn mapped<T: Pod>(name: &'static str, fd: OwnedFd, size: u32, writable: bool) -> Result<MappedArray<T>, Error> {
+            MappedArray::new(fd, size, writable).map_err(|source| Error::Map { map: name, doing: "mmap", source })
+        }
+        Ok(Self {
+            frontends: hash("FRONTENDS")?,
+            slots: hash("SLOTS")?,
+            backend_index: hash("BACKEND_INDEX")?,
+            pods: hash("PODS")?,
+            listeners: hash("LISTENERS")?,
+            affinity: hash("AFFINITY")?,
+            suspects: hash("SUSPECTS")?,
+            rebinds: hash("REBINDS")?,
+            services: mapped("SERVICES", open("SERVICES")?, sizes.services, writable)?,
+            backends: mapped("BACKENDS", open("BACKENDS")?, sizes.backends, writable)?,
+            health: mapped("HEALTH", open("HEALTH")?, sizes.backends, writable)?,
+            settings: mapped("SETTINGS", open("SETTINGS")?, 1, writable)?,
+            rebound: mapped("REBOUND", open("REBOUND")?, 1, writable)?,
+            stats: open("STATS")?,
+        })
+    }
+
+    /// The counters, summed over the CPUs.
+    pub fn stats(&self) -> Vec<(abi::Stat, u64)> {
+        let mut values = vec![0; aya::util::nr_cpus().unwrap_or(1024)];
+        abi::Stat::ALL
+            .iter()
+            .map(|stat| {
+                let read = sys::map_lookup_per_cpu(self.stats.as_fd(), *stat as u32, &mut values);
+                (*stat, if read.is_ok() { values.iter().sum() } else { 0 })
+            })
+            .collect()
+    }
+}
+
+fn pin_error(path: &Path, source: io::Error) -> Error {
+    Error::Pin { path: path.to_owned(), doing: "opening", source }
+}

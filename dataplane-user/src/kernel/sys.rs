@@ -1,0 +1,402 @@
+//! Raw `bpf()` calls that aya does not offer: link create and update, pins, batches, object info.
+//!
+//! Each is one function with the attribute struct as `include/uapi/linux/bpf.h` lays it out; the
+//! kernel takes a shorter struct than its own as one that is zero from there on.
+
+use std::{
+    ffi::CString,
+    io,
+    os::{
+        fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd},
+        unix::ffi::OsStrExt,
+    },
+    path::Path,
+};
+
+use aya::Pod;
+
+const MAP_LOOKUP_ELEM: i32 = 1;
+const MAP_UPDATE_ELEM: i32 = 2;
+const MAP_DELETE_ELEM: i32 = 3;
+const OBJ_PIN: i32 = 6;
+const OBJ_GET: i32 = 7;
+const OBJ_GET_INFO_BY_FD: i32 = 15;
+const RAW_TRACEPOINT_OPEN: i32 = 17;
+const MAP_LOOKUP_BATCH: i32 = 24;
+const MAP_UPDATE_BATCH: i32 = 26;
+const LINK_CREATE: i32 = 28;
+const LINK_UPDATE: i32 = 29;
+
+/// `BPF_F_RDONLY`, for opening pins of maps that are only looked at.
+pub const F_RDONLY: u32 = 1 << 3;
+
+/// `enum bpf_attach_type`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[repr(u32)]
+pub enum Attach {
+    CgroupSockOps = 3,
+    CgroupInet4Connect = 10,
+    CgroupInet6Connect = 11,
+    CgroupUdp4Sendmsg = 14,
+    CgroupUdp6Sendmsg = 15,
+    CgroupUdp4Recvmsg = 19,
+    CgroupUdp6Recvmsg = 20,
+    CgroupInet4Getpeername = 29,
+    CgroupInet6Getpeername = 30,
+    TcxIngress = 46,
+    TcxEgress = 47,
+}
+
+fn bpf<T>(command: i32, attributes: &mut T) -> io::Result<i32> {
+    // SAFETY: `attributes` is a #[repr(C)] struct that lives across the call, its size is passed, and
+    // the pointers in it point to buffers that the callers below keep alive and large enough.
+    let result = unsafe { libc::syscall(libc::SYS_bpf, command, std::ptr::from_mut(attributes), size_of::<T>()) };
+    if result < 0 { Err(io::Error::last_os_error()) } else { Ok(result as i32) }
+}
+
+fn owned(fd: RawFd) -> OwnedFd {
+    // SAFETY: `fd` was just returned by a bpf() command that makes a descriptor; nobody else has it.
+    unsafe { OwnedFd::from_raw_fd(fd) }
+}
+
+fn c_path(path: &Path) -> io::Result<CString> {
+    CString::new(path.as_os_str().as_bytes()).map_err(|_| io::Error::from(io::ErrorKind::InvalidInput))
+}
+
+#[repr(C)]
+struct Element {
+    map_fd: u32,
+    _pad: u32,
+    key: u64,
+    value: u64,
+    flags: u64,
+}
+
+impl Element {
+    fn new<K>(map: BorrowedFd<'_>, key: &K, value: u64) -> Self {
+        Self { map_fd: map.as_raw_fd() as u32, _pad: 0, key: std::ptr::from_ref(key) as u64, value, flags: 0 }
+    }
+}
+
+pub fn map_lookup<K: Pod, V: Pod + Default>(map: BorrowedFd<'_>, key: &K) -> io::Result<Option<V>> {
+    let mut value = V::default();
+    let mut attributes = Element::new(map, key, std::ptr::from_mut(&mut value) as u64);
+    match bpf(MAP_LOOKUP_ELEM, &mut attributes) {
+        Ok(_) => Ok(Some(value)),
+        Err(error) if error.raw_os_error() == Some(libc::ENOENT) => Ok(None),
+        Err(error) => Err(error),
+    }
+}
+
+/// A per-CPU element: one value per possible CPU, each padded to 8 bytes.
+pub fn map_lookup_per_cpu(map: BorrowedFd<'_>, key: u32, values: &mut [u64]) -> io::Result<()> {
+    let mut attributes = Element::new(map, &key, values.as_mut_ptr() as u64);
+    bpf(MAP_LOOKUP_ELEM, &mut attributes).map(drop)
+}
+
+pub fn map_update<K: Pod, V: Pod>(map: BorrowedFd<'_>, key: &K, value: &V) -> io::Result<()> {
+    let mut attributes = Element::new(map, key, std::ptr::from_ref(value) as u64);
+    bpf(MAP_UPDATE_ELEM, &mut attributes).map(drop)
+}
+
+/// Whether there was such an element.
+pub fn map_delete<K: Pod>(map: BorrowedFd<'_>, key: &K) -> io::Result<bool> {
+    match bpf(MAP_DELETE_ELEM, &mut Element::new(map, key, 0)) {
+        Ok(_) => Ok(true),
+        Err(error) if error.raw_os_error() == Some(libc::ENOENT) => Ok(false),
+        Err(error) => Err(error),
+    }
+}
+
+#[repr(C)]
+struct Batch {
+    in_batch: u64,
+    out_batch: u64,
+    keys: u64,
+    values: u64,
+    count: u32,
+    map_fd: u32,
+    elem_flags: u64,
+    flags: u64,
+}
+
+/// Updates `keys[i]` to `values[i]`, in order. On an error, how many were done before it.
+pub fn map_update_batch<K: Pod, V: Pod>(
+    map: BorrowedFd<'_>,
+    keys: &[K],
+    values: &[V],
+) -> Result<(), (usize, io::Error)> {
+    assert_eq!(keys.len(), values.len(), "one value per key");
+    let mut attributes = Batch {
+        in_batch: 0,
+        out_batch: 0,
+        keys: keys.as_ptr() as u64,
+        values: values.as_ptr() as u64,
+        count: keys.len() as u32,
+        map_fd: map.as_raw_fd() as u32,
+        elem_flags: 0,
+        flags: 0,
+    };
+    match bpf(MAP_UPDATE_BATCH, &mut attributes) {
+        Ok(_) => Ok(()),
+        Err(error) => {
+            // The kernel writes the count back whenever it got as far as the elements; it fails
+            // before that only on attributes that it does not know.
+            let done = if error.raw_os_error() == Some(libc::EINVAL) { 0 } else { attributes.count as usize };
+            Err((done.min(keys.len()), error))
+        }
+    }
+}
+
+/// Where a walk over a hash map stands: opaque, the kernel's bucket number.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Cursor(Option<u32>);
+
+impl Cursor {
+    pub const fn is_start(&self) -> bool {
+        self.0.is_none()
+    }
+}
+
+/// The next elements of a hash map; at most `room` of them. The cursor is back at the start when
+/// the walk is over.
+pub fn map_lookup_batch<K: Pod + Default, V: Pod + Default>(
+    map: BorrowedFd<'_>,
+    cursor: &mut Cursor,
+    room: usize,
+) -> io::Result<Vec<(K, V)>> {
+    let mut room = room.max(1);
+    loop {
+        let mut keys = vec![K::default(); room];
+        let mut values = vec![V::default(); room];
+        let mut next = 0_u32;
+        let mut attributes = Batch {
+            in_batch: cursor.0.as_ref().map_or(0, |at| std::ptr::from_ref(at) as u64),
+            out_batch: std::ptr::from_mut(&mut next) as u64,
+            keys: keys.as_mut_ptr() as u64,
+            values: values.as_mut_ptr() as u64,
+            count: room as u32,
+            map_fd: map.as_raw_fd() as u32,
+            elem_flags: 0,
+            flags: 0,
+        };
+        match bpf(MAP_LOOKUP_BATCH, &mut attributes) {
+            Ok(_) => *cursor = Cursor(Some(next)),
+            Err(error) if error.raw_os_error() == Some(libc::ENOENT) => *cursor = Cursor(None),
+            // One bucket holds more than there is room for.
+            Err(error) if error.raw_os_error() == Some(libc::ENOSPC) => {
+                room *= 2;
+                continue;
+            }
+            Err(error) => return Err(error),
+        }
+        let count = (attributes.count as usize).min(room);
+        return Ok(keys.into_iter().zip(values).take(count).collect());
+    }
+}
+
+/// Every element of a hash map.
+pub fn map_entries<K: Pod + Default, V: Pod + Default>(map: BorrowedFd<'_>) -> io::Result<Vec<(K, V)>> {
+    let mut cursor = Cursor::default();
+    let mut all = Vec::new();
+    loop {
+        all.extend(map_lookup_batch(map, &mut cursor, 4096)?);
+        if cursor.is_start() {
+            return Ok(all);
+        }
+    }
+}
+
+#[repr(C)]
+struct ObjectAttributes {
+    pathname: u64,
+    bpf_fd: u32,
+    file_flags: u32,
+}
+
+pub fn pin(fd: BorrowedFd<'_>, path: &Path) -> io::Result<()> {
+    let path = c_path(path)?;
+    let mut attributes =
+        ObjectAttributes { pathname: path.as_ptr() as u64, bpf_fd: fd.as_raw_fd() as u32, file_flags: 0 };
+    bpf(OBJ_PIN, &mut attributes).map(drop)
+}
+
+/// Opens a pin. `flags`: 0 or [`F_RDONLY`] (maps only).
+pub fn open_pin(path: &Path, flags: u32) -> io::Result<OwnedFd> {
+    let path = c_path(path)?;
+    let mut attributes = ObjectAttributes { pathname: path.as_ptr() as u64, bpf_fd: 0, file_flags: flags };
+    bpf(OBJ_GET, &mut attributes).map(owned)
+}
+
+#[repr(C)]
+struct LinkCreate {
+    prog_fd: u32,
+    target: u32,
+    attach_type: u32,
+    flags: u32,
+    /// tcx: relative_fd (none) and expected_revision (any).
+    extra: [u64; 2],
+}
+
+/// `target` is a cgroup's descriptor or, for tcx, an interface index.
+pub fn link_create(program: BorrowedFd<'_>, target: u32, attach: Attach) -> io::Result<OwnedFd> {
+    let mut attributes =
+        LinkCreate { prog_fd: program.as_raw_fd() as u32, target, attach_type: attach as u32, flags: 0, extra: [0; 2] };
+    bpf(LINK_CREATE, &mut attributes).map(owned)
+}
+
+#[repr(C)]
+struct LinkUpdate {
+    link_fd: u32,
+    new_prog_fd: u32,
+    flags: u32,
+    old_prog_fd: u32,
+}
+
+/// Puts another program behind a link, atomically.
+pub fn link_update(link: BorrowedFd<'_>, program: BorrowedFd<'_>) -> io::Result<()> {
+    let mut attributes = LinkUpdate {
+        link_fd: link.as_raw_fd() as u32,
+        new_prog_fd: program.as_raw_fd() as u32,
+        flags: 0,
+        old_prog_fd: 0,
+    };
+    bpf(LINK_UPDATE, &mut attributes).map(drop)
+}
+
+#[repr(C)]
+struct RawTracepointOpen {
+    name: u64,
+    prog_fd: u32,
+    _pad: u32,
+}
+
+pub fn raw_tracepoint_open(program: BorrowedFd<'_>, tracepoint: &str) -> io::Result<OwnedFd> {
+    let name = CString::new(tracepoint)?;
+    let mut attributes = RawTracepointOpen { name: name.as_ptr() as u64, prog_fd: program.as_raw_fd() as u32, _pad: 0 };
+    bpf(RAW_TRACEPOINT_OPEN, &mut attributes).map(owned)
+}
+
+#[repr(C)]
+struct GetInfo {
+    bpf_fd: u32,
+    info_len: u32,
+    info: u64,
+}
+
+/// The start of `struct bpf_link_info`.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default)]
+pub struct LinkInfo {
+    pub kind: u32,
+    pub id: u32,
+    pub program_id: u32,
+    _pad: u32,
+    /// cgroup: its id (0: the cgroup is gone); tcx: low half the interface index (0: it is gone).
+    target: u64,
+    attach_type: u32,
+    _reserved: [u32; 7],
+}
+
+/// `enum bpf_link_type`.
+pub const LINK_RAW_TRACEPOINT: u32 = 1;
+pub const LINK_CGROUP: u32 = 3;
+pub const LINK_TCX: u32 = 11;
+
+impl LinkInfo {
+    /// What the link hangs on: cgroup id or interface index; 0 when that is gone.
+    pub const fn target(&self) -> u64 {
+        match self.kind {
+            LINK_TCX => self.target & 0xffff_ffff,
+            LINK_CGROUP => self.target,
+            _ => 0,
+        }
+    }
+}
+
+pub fn link_info(link: BorrowedFd<'_>) -> io::Result<LinkInfo> {
+    let mut info = LinkInfo::default();
+    let mut attributes = GetInfo {
+        bpf_fd: link.as_raw_fd() as u32,
+        info_len: size_of::<LinkInfo>() as u32,
+        info: std::ptr::from_mut(&mut info) as u64,
+    };
+    bpf(OBJ_GET_INFO_BY_FD, &mut attributes)?;
+    Ok(info)
+}
+
+/// A whole mmapable array map in the agent's memory.
+#[derive(Debug)]
+pub struct MappedArray<T> {
+    base: *mut T,
+    entries: u32,
+    bytes: usize,
+}
+
+// SAFETY: the mapping is plain shared memory of integers, unmapped on drop.
+unsafe impl<T: Send> Send for MappedArray<T> {}
+// SAFETY: elements are read and written as a whole by volatile accesses, or by atomics: programs on
+// other CPUs do the same at any time, so another thread adds nothing new.
+unsafe impl<T: Sync> Sync for MappedArray<T> {}
+
+impl<T: Pod> MappedArray<T> {
+    /// `T` must be a multiple of 8 bytes: array elements are padded to that.
+    pub fn new(map: impl AsFd, entries: u32, writable: bool) -> io::Result<Self> {
+        const { assert!(size_of::<T>().is_multiple_of(8)) };
+        let page = 4096_usize.max(page_size());
+        let bytes = (size_of::<T>() * entries as usize).next_multiple_of(page);
+        let protection = if writable { libc::PROT_READ | libc::PROT_WRITE } else { libc::PROT_READ };
+        // SAFETY: a fresh shared mapping of a map's descriptor, at an address of the kernel's choice.
+        let base = unsafe {
+            libc::mmap(std::ptr::null_mut(), bytes, protection, libc::MAP_SHARED, map.as_fd().as_raw_fd(), 0)
+        };
+        if base == libc::MAP_FAILED {
+            return Err(io::Error::last_os_error());
+        }
+        Ok(Self { base: base.cast(), entries, bytes })
+    }
+
+    pub const fn entries(&self) -> u32 {
+        self.entries
+    }
+
+    /// The element as it is now; it may be torn while a program writes it.
+    pub fn get(&self, index: u32) -> Option<T> {
+        // SAFETY: the index is in bounds of the mapping, and any bit pattern is a T (Pod).
+        (index < self.entries).then(|| unsafe { std::ptr::read_volatile(self.base.add(index as usize)) })
+    }
+
+    /// Writes an element word by word. Programs that read meanwhile may see part of it: every type
+    /// carries a generation or identifier that tells.
+    pub fn set(&self, index: u32, value: T) -> bool {
+        if index >= self.entries {
+            return false;
+        }
+        // SAFETY: the index is in bounds of a writable mapping of Ts.
+        unsafe { std::ptr::write_volatile(self.base.add(index as usize), value) };
+        // The next write (the health word that makes it count) must not overtake this one.
+        std::sync::atomic::fence(std::sync::atomic::Ordering::SeqCst);
+        true
+    }
+}
+
+impl MappedArray<u64> {
+    pub fn word(&self, index: u32) -> Option<&std::sync::atomic::AtomicU64> {
+        // SAFETY: in bounds, aligned to 8, valid as long as the mapping (&self); programs change the
+        // word by atomic instructions only.
+        (index < self.entries).then(|| unsafe { std::sync::atomic::AtomicU64::from_ptr(self.base.add(index as usize)) })
+    }
+}
+
+impl<T> Drop for MappedArray<T> {
+    fn drop(&mut self) {
+        // SAFETY: the very mapping made in `new`; no reference into it outlives `self`.
+        unsafe { libc::munmap(self.base.cast(), self.bytes) };
+    }
+}
+
+fn page_size() -> usize {
+    // SAFETY: sysconf has no preconditions.
+    let size = unsafe { libc::sysconf(libc::_SC_PAGESIZE) };
+    usize::try_from(size).unwrap_or(4096)
+}
