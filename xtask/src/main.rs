@@ -1,14 +1,22 @@
 //! `cargo xtask`: build, test, measure, show.
 
+mod deps;
 mod ebpf;
 mod gate;
 mod packages;
+mod root;
+mod section;
 mod step;
+mod tasks;
+mod verify;
 mod workspace;
+
+use std::process::ExitCode;
 
 use anyhow::Result;
 use clap::{Parser, Subcommand};
 
+use tasks::{Passed, Tests};
 use workspace::Workspace;
 
 #[derive(Parser)]
@@ -26,18 +34,56 @@ enum Task {
         #[arg(long)]
         log: bool,
     },
+    /// Show rolling updates, the classic way and with hitless
+    Demo(Passed),
+    /// Run all tests: host, 5.15 gate, verifier, packets, lab
+    Test(Tests),
+    /// Measure the figures of docs/performance.md
+    Bench(Passed),
+    /// Open an interactive lab of nodes and pods
+    Lab(Passed),
+    /// Check formatting, dependencies and lints
+    Check,
+    /// Check the dependencies by deny.toml
+    Deps,
     /// Refuse anything in the BPF object that Linux 5.15 lacks
     Gate,
+    /// Compare verified-instruction counts with the table
+    Verify {
+        /// Write the table instead
+        #[arg(long)]
+        update: bool,
+    },
+    /// Run what continuous integration runs
+    Ci,
 }
 
-fn main() -> Result<()> {
-    let workspace = Workspace::find()?;
-    match Cli::parse().task {
-        Task::BuildEbpf { log } => {
-            let object = ebpf::build(&workspace, log)?;
-            println!("{}", object.display());
+fn main() -> ExitCode {
+    match run(Cli::parse().task) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("error: {error:#}");
+            ExitCode::FAILURE
         }
-        Task::Gate => gate::run(&workspace.object())?,
     }
-    Ok(())
+}
+
+fn run(task: Task) -> Result<()> {
+    let workspace = &Workspace::find()?;
+    match task {
+        Task::BuildEbpf { log } => {
+            let object = ebpf::build(workspace, log)?;
+            println!("{}", object.display());
+            Ok(())
+        }
+        Task::Demo(passed) => tasks::run(workspace, "hitless-lab", &["demo"], passed),
+        Task::Test(tests) => tasks::test(workspace, tests),
+        Task::Bench(passed) => tasks::run(workspace, "hitless-bench", &[], passed),
+        Task::Lab(passed) => tasks::run(workspace, "hitless-lab", &["lab"], passed),
+        Task::Check => tasks::check(workspace),
+        Task::Deps => deps::check(workspace),
+        Task::Gate => gate::run(&workspace.object()),
+        Task::Verify { update } => verify::run(workspace, update),
+        Task::Ci => tasks::ci(workspace),
+    }
 }
