@@ -108,12 +108,12 @@ impl Stage<'_> {
         });
         let mut next = Instant::now() + BEFORE;
         for round in 0..self.options.rounds {
-            for index in 0..self.options.pods {
+            for (index, web) in webs.iter_mut().enumerate() {
                 thread::sleep(next.saturating_duration_since(Instant::now()));
                 next += between;
                 // Surge by one: the new pod serves before the old one is told to go.
                 let new = self.start_web(index + round + 1)?;
-                let old = std::mem::replace(&mut webs[index], new);
+                let old = std::mem::replace(web, new);
                 let name = old.pod.name.clone();
                 self.end(old)?;
                 eprintln!("{}: {name} ended ({} of {deaths})", self.mode.name(), self.deaths_us.len());

@@ -90,7 +90,16 @@ pub(super) fn delete_netns(name: &str) -> Result<()> {
 
 /// Run a batch of `ip` commands, in a namespace.
 pub fn ip(netns: Option<&Netns>, batch: &str) -> Result<()> {
-    let mut command = Command::new("ip");
+    batched("ip", netns, batch)
+}
+
+/// Run a batch of `bridge` commands, in a namespace.
+pub fn bridge(netns: &Netns, batch: &str) -> Result<()> {
+    batched("bridge", Some(netns), batch)
+}
+
+fn batched(program: &str, netns: Option<&Netns>, batch: &str) -> Result<()> {
+    let mut command = Command::new(program);
     if let Some(netns) = netns {
         command.args(["-n", &netns.name]);
     }
@@ -100,12 +109,14 @@ pub fn ip(netns: Option<&Netns>, batch: &str) -> Result<()> {
         .stdout(Stdio::null())
         .stderr(Stdio::piped())
         .spawn()
-        .context("run ip (install iproute2)")?;
-    child.stdin.take().context("stdin of ip")?.write_all(batch.as_bytes()).context("write to ip")?;
+        .with_context(|| format!("run {program} (install iproute2)"))?;
+    let mut stdin = child.stdin.take().context("a piped stdin")?;
+    stdin.write_all(batch.as_bytes()).with_context(|| format!("write to {program}"))?;
+    drop(stdin);
     let output = child.wait_with_output()?;
     if !output.status.success() {
         let place = netns.map_or("the host", |netns| &netns.name);
-        bail!("ip failed in {place}: {}\nbatch:\n{batch}", String::from_utf8_lossy(&output.stderr).trim());
+        bail!("{program} failed in {place}: {}\nbatch:\n{batch}", String::from_utf8_lossy(&output.stderr).trim());
     }
     Ok(())
 }

@@ -54,6 +54,9 @@ impl Node {
             batch.push_str(&route_to_node(site.spec.topology, other));
         }
         ip(Some(&netns), &batch)?;
+        if site.spec.topology == Topology::Vxlan {
+            net::bridge(&netns, &vxlan_peers(site.spec.nodes, index))?;
+        }
         let cgroup = site.cgroup.join(&name);
         let host = Place::new(site.clone(), netns, cgroup.join("host"), &name)?;
         Ok(Self { site, name, index, host, next_pod: AtomicU16::new(10) })
@@ -120,6 +123,17 @@ fn vxlan_device(index: usize) -> String {
     }
     batch.push_str(&format!("link set {VXLAN_DEVICE} up\n"));
     batch
+}
+
+/// Which node is behind which of the devices' addresses.
+fn vxlan_peers(nodes: usize, index: usize) -> String {
+    let others = (1..=nodes).filter(|other| *other != index);
+    others
+        .map(|other| {
+            let (mac, node) = (vxlan_mac(other), net::underlay(Family::V4, other));
+            format!("fdb append {mac} dev {VXLAN_DEVICE} dst {node} self permanent\n")
+        })
+        .collect()
 }
 
 fn route_to_node(topology: Topology, other: usize) -> String {

@@ -228,10 +228,11 @@ impl Pod {
 impl Drop for Pod {
     fn drop(&mut self) {
         // With its lab gone there is nothing left to take down.
-        if !self.deleted && self.place.netns.path.exists() {
-            if let Err(error) = self.take_down() {
-                eprintln!("could not take down pod {}: {error:#}", self.name);
-            }
+        if !self.deleted
+            && self.place.netns.path.exists()
+            && let Err(error) = self.take_down()
+        {
+            eprintln!("could not take down pod {}: {error:#}", self.name);
         }
     }
 }
