@@ -79,7 +79,7 @@ fn run(task: Task) -> Result<()> {
         Task::Demo(passed) => tasks::run(workspace, "hitless-lab", &["demo"], passed),
         Task::Test(tests) => tasks::test(workspace, tests),
         Task::Bench(passed) => tasks::run(workspace, "hitless-bench", &[], passed),
-        Task::Lab(passed) => tasks::run(workspace, "hitless-lab", &["lab"], passed),
+        Task::Lab(passed) => tasks::lab(workspace, passed),
         Task::Check => tasks::check(workspace),
         Task::Deps => deps::check(workspace),
         Task::Gate => gate::run(&workspace.object()),

@@ -93,6 +93,12 @@ pub fn run(workspace: &Workspace, program: &str, first: &[&str], passed: Passed)
     root::exec(&directory.join(program), first.chain(passed.args))
 }
 
+/// An interactive lab; other commands of the lab's program when they are named.
+pub fn lab(workspace: &Workspace, passed: Passed) -> Result<()> {
+    let named = passed.args.first().is_some_and(|arg| !arg.to_string_lossy().starts_with('-'));
+    run(workspace, "hitless-lab", if named { &[] } else { &["up"] }, passed)
+}
+
 fn build(workspace: &Workspace, profile: Profile) -> Result<PathBuf> {
     let (name, directory) = match profile {
         Profile::Release => ("release", "release"),

@@ -72,13 +72,13 @@ pub fn check(instruction: Instruction) -> Result<Option<Call>, &'static str> {
                 2 => Err("call of a kernel function (kfunc): 5.15 allows none outside struct_ops"),
                 _ => Err("call with an unknown source register"),
             },
-            0x00..=OP_JSLE => Ok(None),
+            op if op <= OP_JSLE => Ok(None),
             _ => Err("may_goto (Linux 6.9): use a loop with a constant bound"),
         },
         JMP32 => match op {
             OP_JA => Err("gotol, the 32-bit jump (Linux 6.6): compile for v3"),
             OP_CALL | OP_EXIT => Err("32-bit call or exit"),
-            0x00..=OP_JSLE => Ok(None),
+            op if op <= OP_JSLE => Ok(None),
             _ => Err("unknown 32-bit jump"),
         },
         LD => match code & MODE {
