@@ -1,0 +1,187 @@
+//! What the registry knows, for people: names instead of numbers.
+
+use std::net::SocketAddr;
+
+use dataplane_ebpf::abi::{Endpoint, ServiceId};
+use serde::Serialize;
+
+use super::{
+    Registry, Section, address,
+    address::Family,
+    change::PodId,
+    problem::{Name, backend_name},
+};
+use crate::model::Protocol;
+
+/// How much there is of everything.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize)]
+pub struct Counts {
+    pub services: usize,
+    pub frontends: usize,
+    pub backends: usize,
+    pub slots: usize,
+    pub pods: usize,
+    pub local_pods: usize,
+    pub nodes: usize,
+    /// Backend objects whose service port is not known (yet).
+    pub waiting: usize,
+}
+
+/// A backend in one service.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+pub struct Row {
+    pub service: Name,
+    pub port: Name,
+    pub protocol: Protocol,
+    pub frontends: Vec<SocketAddr>,
+    /// None: the service has no backend of this family.
+    pub backend: Option<BackendRow>,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+pub struct BackendRow {
+    pub id: u32,
+    pub generation: u32,
+    pub address: SocketAddr,
+    /// None: in none, such as a backend that is not ready.
+    pub section: Option<&'static str>,
+    pub weight: u16,
+    /// What the control plane says.
+    pub control: &'static str,
+    pub pod: Option<Name>,
+    pub local: bool,
+}
+
+impl Registry {
+    pub fn counts(&self) -> Counts {
+        let waiting = self.ports.iter().flat_map(|(_, port)| port.objects.values());
+        Counts {
+            services: self.services.iter().filter(|(_, service)| service.declared).count(),
+            frontends: self.frontends.total(),
+            backends: self.backends.len(),
+            slots: self.slots.total(),
+            pods: self.pods.iter().filter(|(_, pod)| pod.declared).count(),
+            local_pods: self.pods_by_id.len(),
+            nodes: self.nodes.len(),
+            waiting: waiting.filter(|object| object.backend == 0).count(),
+        }
+    }
+
+    /// Every backend of every service, by name. `service` narrows it to one.
+    pub fn rows(&self, service: Option<&str>) -> Vec<Row> {
+        let mut found = Vec::new();
+        let wanted = |name: &str| service.is_none_or(|wanted| wanted == name);
+        for (_, record) in self.services.iter().filter(|(_, record)| record.declared && wanted(&record.name)) {
+            for &index in &record.ports {
+                let port = &self.ports[index];
+                let Some((number, protocol)) = port.declared else { continue };
+                for family in Family::BOTH {
+                    let id = port.ids[family as usize];
+                    if id == 0 {
+                        continue;
+                    }
+                    let mut addresses = record.addresses.clone();
+                    addresses.retain(|&ip| Family::of(&address::addr(ip)) == family);
+                    let row = Row {
+                        service: record.name.clone(),
+                        port: port.name.clone(),
+                        protocol,
+                        frontends: addresses.into_iter().map(|ip| SocketAddr::new(ip, number)).collect(),
+                        backend: None,
+                    };
+                    let before = found.len();
+                    for object in port.objects.values() {
+                        let of_family =
+                            |physical: &super::backends::Physical| Family::of(&physical.value.at.addr) == family;
+                        if object.backend != 0 && self.backends.get(object.backend).is_some_and(of_family) {
+                            let backend = Some(self.backend_row(id, object));
+                            found.push(Row { backend, ..row.clone() });
+                        }
+                    }
+                    if found.len() == before {
+                        found.push(row);
+                    }
+                }
+            }
+        }
+        found.sort_by(|a, b| {
+            let key = |row: &Row| (row.service.clone(), row.port.clone(), row.backend.as_ref().map(|b| b.address));
+            key(a).cmp(&key(b))
+        });
+        found
+    }
+
+    fn backend_row(&self, service: ServiceId, object: &super::backends::Object) -> BackendRow {
+        let physical = self.backends.get(object.backend).expect("an attached object's backend lives");
+        let pod = self.pods.get(object.pod);
+        let ends = object.terminating || pod.is_some_and(|pod| pod.terminating);
+        BackendRow {
+            id: object.backend,
+            generation: physical.value.generation,
+            address: address::socket(&physical.value.at),
+            section: self.slots.place(service, object.backend).map(|section| match section {
+                Section::Ready => "ready",
+                Section::Terminating => "terminating",
+            }),
+            weight: object.weight,
+            control: match (ends, object.ready, object.serving) {
+                (true, _, true) => "terminating, serving",
+                (true, _, false) => "terminating",
+                (false, true, _) => "ready",
+                (false, false, _) => "not ready",
+            },
+            pod: pod.map(|pod| pod.name.clone()),
+            local: physical.value.pod != 0,
+        }
+    }
+
+    /// The name of a service of the kernel; a gateway group goes by its services.
+    pub fn service_label(&self, id: ServiceId) -> Option<String> {
+        if let Some(&(port, _)) = self.service_ports.get(&id) {
+            let port = &self.ports[port];
+            let colon = if port.name.is_empty() { "" } else { ":" };
+            return Some(format!("{}{colon}{}", self.services[port.service].name, port.name));
+        }
+        let set = self.group_set(id)?;
+        let names: Vec<_> = set.iter().filter_map(|&id| self.service_label(id)).collect();
+        Some(names.join(" & "))
+    }
+
+    pub fn backend_label(&self, id: u32) -> Option<SocketAddr> {
+        self.backends.get(id).map(|physical| address::socket(&physical.value.at))
+    }
+
+    pub fn pod_label(&self, id: PodId) -> Option<Name> {
+        if let Some(host) = &self.host
+            && host.pod == id
+        {
+            return Some(host.name.clone());
+        }
+        self.pods_by_id.get(&id).map(|&index| self.pods[index].name.clone())
+    }
+
+    /// The name of whatever a change is about, for a message that it was refused.
+    pub fn object_at(&self, at: &Endpoint) -> String {
+        let socket = address::socket(at);
+        match self.frontends.claims(at).first() {
+            Some(claim) => format!("service {} at {socket}", claim.by.0),
+            None => backend_name("any service", "", socket.ip(), socket.port()),
+        }
+    }
+
+    /// A pod's backends beyond the first `skip` of its chain, which the kernel reached itself.
+    pub fn chain(&self, pod: PodId, skip: usize) -> Vec<(u32, u32)> {
+        let mut found = Vec::new();
+        let head = self.pods_by_id.get(&pod).map_or(0, |&index| self.pods[index].first_backend);
+        let mut next = head;
+        while let Some(physical) = self.backends.get(next) {
+            found.push((next, physical.value.generation));
+            next = physical.value.next_in_pod;
+        }
+        found.split_off(skip.min(found.len()))
+    }
+
+    pub fn is_gateway_group(&self, id: ServiceId) -> bool {
+        self.is_group(id)
+    }
+}
