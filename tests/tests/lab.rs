@@ -10,8 +10,12 @@ use std::{
 
 use anyhow::{Context, Result};
 use hitless_tests::{
-    lab::{Lab, LabSpec, Pod, PodOptions, Process, Topology, cleanup, net::Netns, process::Exit},
-    workload,
+    lab::{
+        Lab, LabSpec, Pod, PodOptions, Process, Topology, cleanup,
+        net::{Netns, connect},
+        process::Exit,
+    },
+    workload::{self, sockets::Kind, storm::Outcome},
 };
 
 const PORT: u16 = 8080;
@@ -179,6 +183,51 @@ fn a_workload_is_the_init_of_its_own_pid_namespace() -> Result<()> {
     let status = std::fs::read_to_string(format!("/proc/{}/status", server.pid()))?;
     let pids = status.lines().find_map(|line| line.strip_prefix("NSpid:")).context("NSpid")?;
     assert_eq!(pids.split_whitespace().last(), Some("1"));
+    Ok(())
+}
+
+#[test]
+fn a_socket_made_in_a_pod_stays_the_pods() -> Result<()> {
+    let lab = lab(Topology::Bridge);
+    let web = lab.node(2).add_pod("web")?;
+    let _server = web.workload(&["server", "--name", "web", "--echo-tcp", "[::]:7", "--echo-udp", "[::]:7"])?;
+    let client = lab.node(1).add_pod("client")?;
+    for (kind, to) in [(Kind::Tcp4, web.v4()), (Kind::Tcp6, web.v6())] {
+        let mut stream = connect(client.place.socket(kind)?, SocketAddr::new(to, 7))?;
+        assert!(client.addresses().contains(&stream.local_addr()?.ip()));
+        stream.write_all(b"bye\n")?;
+        let mut answer = String::new();
+        stream.read_to_string(&mut answer)?;
+        assert_eq!(answer, "web bye\n");
+    }
+    for (kind, to) in [(Kind::Udp4, web.v4()), (Kind::Udp6, web.v6())] {
+        let socket = std::net::UdpSocket::from(client.place.socket(kind)?);
+        socket.send_to(b"hello", SocketAddr::new(to, 7))?;
+        let mut answer = [0; 64];
+        let (len, from) = socket.recv_from(&mut answer)?;
+        assert_eq!((&answer[..len], from), (&b"web hello"[..], SocketAddr::new(to, 7)));
+    }
+    Ok(())
+}
+
+#[test]
+fn a_storm_counts_what_it_lost() -> Result<()> {
+    let lab = lab(Topology::Bridge);
+    let web = lab.node(2).add_pod("web")?;
+    let server = web.workload(&["server", "--name", "web", "--echo-tcp", "[::]:7"])?;
+    let client = lab.node(1).add_pod("client")?;
+    let storm = |target: String| -> Result<Outcome> {
+        let result = client.place.file("storm.json");
+        let args = ["storm", "--target", &target, "--connections", "500", "--result", &result.to_string_lossy()];
+        client.workload(&args)?.wait()?;
+        Ok(serde_json::from_str(&std::fs::read_to_string(result)?)?)
+    };
+    let good = storm(format!("{}:7", web.v4()))?;
+    assert_eq!((good.connections, good.failed, good.servers["web"]), (500, 0, 500), "{good:?}");
+    server.sigterm()?;
+    server.wait()?;
+    let bad = storm(format!("{}:7", web.v4()))?;
+    assert_eq!((bad.failed, bad.reasons["connect: refused"]), (500, 500), "{bad:?}");
     Ok(())
 }
 

@@ -7,7 +7,7 @@ use clap::{Parser, Subcommand};
 use hitless_tests::{
     demo,
     lab::{Lab, LabSpec, Topology, cleanup},
-    workload::{client, gateway, server},
+    workload::{client, gateway, server, sockets, storm},
 };
 
 /// A cluster of network namespaces on this machine, and what runs in it
@@ -33,6 +33,11 @@ enum Command {
     Gateway(gateway::Options),
     /// Constant-rate HTTP load that counts its failures
     Client(client::Options),
+    /// Connections as fast as they go
+    Storm(storm::Options),
+    /// Make sockets here for the lab
+    #[command(hide = true)]
+    Sockets(sockets::Options),
 }
 
 #[derive(clap::Args)]
@@ -64,6 +69,8 @@ fn main() -> Result<()> {
         Command::Server(options) => server::main(options),
         Command::Gateway(options) => gateway::main(options),
         Command::Client(options) => client::main(options),
+        Command::Storm(options) => storm::main(&options),
+        Command::Sockets(options) => sockets::main(&options),
     }
 }
 

@@ -2,9 +2,9 @@
 
 use std::{
     fs::File,
-    io::Write,
-    net::{IpAddr, Ipv4Addr, Ipv6Addr},
-    os::fd::{AsFd, AsRawFd},
+    io::{self, Write},
+    net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, TcpStream},
+    os::fd::{AsFd, AsRawFd, OwnedFd},
     path::{Path, PathBuf},
     process::{Command, Stdio},
 };
@@ -189,4 +189,11 @@ pub(super) fn join_segment(fabric: &Netns, netns: &Netns, port: &str, host: usiz
         Some(netns),
         &format!("link set lo up\naddr add {v4}/24 dev eth0\naddr add {v6}/64 dev eth0 nodad\nlink set eth0 up\n"),
     )
+}
+
+/// Connect a socket that was made elsewhere.
+pub fn connect(socket: OwnedFd, to: SocketAddr) -> io::Result<TcpStream> {
+    let to = nix::sys::socket::SockaddrStorage::from(to);
+    nix::sys::socket::connect(socket.as_raw_fd(), &to)?;
+    Ok(TcpStream::from(socket))
 }

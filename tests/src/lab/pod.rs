@@ -3,9 +3,10 @@
 use std::{
     fs,
     net::IpAddr,
+    os::fd::OwnedFd,
     path::{Path, PathBuf},
     sync::{
-        Arc,
+        Arc, Mutex,
         atomic::{AtomicU32, Ordering},
     },
 };
@@ -18,6 +19,7 @@ use super::{
     node::{Node, nodad},
     process::{Process, Spawn},
 };
+use crate::workload::sockets::{self, Maker};
 
 /// Somewhere processes run: a network namespace with a cgroup.
 pub struct Place {
@@ -26,12 +28,13 @@ pub struct Place {
     pub cgroup: PathBuf,
     pub name: String,
     processes: AtomicU32,
+    sockets: Mutex<Option<(Process, Maker)>>,
 }
 
 impl Place {
     pub(super) fn new(site: Arc<Site>, netns: Netns, cgroup: PathBuf, name: &str) -> Result<Self> {
         fs::create_dir_all(&cgroup).with_context(|| format!("create cgroup {}", cgroup.display()))?;
-        Ok(Self { site, netns, cgroup, name: name.to_owned(), processes: AtomicU32::new(0) })
+        Ok(Self { site, netns, cgroup, name: name.to_owned(), processes: AtomicU32::new(0), sockets: Mutex::default() })
     }
 
     /// Start a program as the init of its own PID namespace, like a container's.
@@ -62,6 +65,18 @@ impl Place {
         let process = self.spawn(&all)?;
         process.wait_for_file(&ready)?;
         Ok(process)
+    }
+
+    /// A socket of this place, to be used here: its connects meet this place's programs.
+    pub fn socket(&self, kind: sockets::Kind) -> Result<OwnedFd> {
+        let mut made = self.sockets.lock().expect("no panic while locked");
+        if made.is_none() {
+            let path = self.file("sockets.sock");
+            let process = self.workload(&["sockets", "--listen", &path.to_string_lossy()])?;
+            *made = Some((process, Maker::connect(&path)?));
+        }
+        let (_, maker) = made.as_mut().expect("just made");
+        maker.make(kind).with_context(|| format!("make a socket in {}", self.name))
     }
 
     /// A path for a file or socket of this place.

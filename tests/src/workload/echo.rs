@@ -23,6 +23,10 @@ pub(super) async fn lines(stream: TcpStream, name: &str, mut stopping: watch::Re
         if writer.write_all(format!("{name}{stop} {line}").as_bytes()).await.is_err() {
             return;
         }
+        // The server closes first: what lingers afterwards (TIME_WAIT) is on its side.
+        if line.starts_with("bye") {
+            return;
+        }
     }
 }
 

@@ -4,6 +4,8 @@ pub mod client;
 pub mod echo;
 pub mod gateway;
 pub mod server;
+pub mod sockets;
+pub mod storm;
 
 use std::path::{Path, PathBuf};
 
