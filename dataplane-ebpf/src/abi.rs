@@ -253,6 +253,32 @@ pub struct Socket {
     pub options: [u8; MAX_TCP_OPTIONS],
 }
 
+impl Socket {
+    /// A connection that is none of ours.
+    pub const NONE: Self = Self {
+        connect_ns: 0,
+        netns_cookie: 0,
+        syn_ns: 0,
+        original: Endpoint::new(Addr([0; 4]), 0, 0),
+        service: 0,
+        backend: 0,
+        generation: 0,
+        flags: 0,
+        peer: Endpoint::new(Addr([0; 4]), 0, 0),
+        isn: 0,
+        syns: 0,
+        replays: 0,
+        tried: [0; MAX_TRIES],
+        window_be: 0,
+        options_len: 0,
+        traffic_class: 0,
+        tcp_flags: 0,
+        ttl: 0,
+        _pad: [0; 6],
+        options: [0; MAX_TCP_OPTIONS],
+    };
+}
+
 /// The SYN was seen leaving and its header fields are saved.
 pub const SOCKET_SYN: u32 = 1 << 0;
 /// The handshake completed.

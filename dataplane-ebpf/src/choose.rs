@@ -25,40 +25,30 @@ pub const fn accept(random: u32, weight: u32, max_weight: u32) -> bool {
     weight >= max_weight || pick(random, max_weight) < weight
 }
 
-/// The best slot of a scan: within the best class met so far, a sample weighted fairly
-/// (reservoir sampling, A-Chao).
+/// What a scan knows of the best slot so far: within the best class met, each slot replaces the
+/// one before it so that in the end all had chances in proportion to their weights (reservoir
+/// sampling, A-Chao). The slot itself is the caller's to keep.
 #[derive(Clone, Copy, Debug)]
 pub struct Best {
-    /// A [`Class`], as a number: see `cell::hide` in the BPF object.
-    pub class: u32,
-    pub backend: u32,
-    pub generation: u32,
-    total_weight: u32,
+    pub class: Class,
+    /// Sum over the slots of that class; at most [`SCAN`] weights of 16 bits.
+    pub total_weight: u32,
 }
 
 impl Best {
-    pub const NONE: Self = Self { class: Class::Stale as u32, backend: 0, generation: 0, total_weight: 0 };
+    pub const NONE: Self = Self { class: Class::Stale, total_weight: 0 };
 
-    /// Shows it one more slot.
+    /// Shows it one more slot. True: this is the best one now.
     #[inline(always)]
-    pub const fn offer(&mut self, class: u32, backend: u32, generation: u32, weight: u32, random: u32) {
-        if class > self.class || class >= Class::Stale as u32 {
-            return;
+    pub const fn offer(&mut self, class: Class, weight: u32, random: u32) -> bool {
+        if matches!(class, Class::Stale) || class as u8 > self.class as u8 {
+            return false;
         }
-        if class < self.class {
-            self.class = class;
-            self.total_weight = 0;
+        if (class as u8) < self.class as u8 {
+            *self = Self { class, total_weight: 0 };
         }
         self.total_weight += weight;
-        if pick(random, self.total_weight) < weight {
-            self.backend = backend;
-            self.generation = generation;
-        }
-    }
-
-    #[inline(always)]
-    pub const fn is_some(&self) -> bool {
-        self.backend != 0
+        pick(random, self.total_weight) < weight
     }
 }
 

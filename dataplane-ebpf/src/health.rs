@@ -65,6 +65,21 @@ pub enum Class {
     Stale = 5,
 }
 
+impl Class {
+    /// The class that `self as u32` came from.
+    #[inline(always)]
+    pub const fn from_u32(class: u32) -> Self {
+        match class {
+            0 => Self::Live,
+            1 => Self::Probe,
+            2 => Self::Draining,
+            3 => Self::Suspect,
+            4 => Self::Refusing,
+            _ => Self::Stale,
+        }
+    }
+}
+
 /// Something that was learned of a backend.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Input {

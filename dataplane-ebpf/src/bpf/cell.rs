@@ -59,7 +59,7 @@ pub fn hide(value: u32, mask: u32) -> u32 {
             "{value} ^= {mask}",
             value = inout(reg) value,
             mask = in(reg) u64::from(mask),
-            options(pure, nomem, nostack, preserves_flags)
+            options(nostack)
         );
     }
     value as u32

@@ -8,11 +8,65 @@
     reason = "the BPF target has no AtomicU64::compare_exchange, the instruction it has (5.12)"
 )]
 
+use aya_ebpf::{
+    macros::{cgroup_sock_addr, raw_tracepoint, sock_ops},
+    programs::{RawTracePointContext, SockAddrContext, SockOpsContext},
+};
+
+use crate::address::Family::{V4, V6};
+
+mod address;
 mod cell;
+mod connect;
 mod events;
 mod maps;
+mod offsets;
 mod pick;
+mod route;
+mod signal;
+mod sockops;
 mod suspect;
+mod udp;
+
+/// Entry points of one kind: the hook's logic returns nothing, and the hook lets the call proceed.
+macro_rules! proceed {
+    ($($attach:ident $name:ident => $logic:path, $family:expr;)*) => { $(
+        #[cgroup_sock_addr($attach)]
+        fn $name(ctx: SockAddrContext) -> i32 {
+            $logic(&ctx, $family);
+            1
+        }
+    )* };
+}
+
+proceed! {
+    connect4 hitless_connect4 => connect::connect, V4;
+    connect6 hitless_connect6 => connect::connect, V6;
+    getpeername4 hitless_getpeername4 => connect::peer_name, V4;
+    getpeername6 hitless_getpeername6 => connect::peer_name, V6;
+    sendmsg4 hitless_sendmsg4 => udp::send, V4;
+    sendmsg6 hitless_sendmsg6 => udp::send, V6;
+    recvmsg4 hitless_recvmsg4 => udp::receive, V4;
+    recvmsg6 hitless_recvmsg6 => udp::receive, V6;
+}
+
+#[sock_ops]
+fn hitless_sockops(ctx: SockOpsContext) -> u32 {
+    sockops::call_back(&ctx);
+    1
+}
+
+#[raw_tracepoint(tracepoint = "signal_generate")]
+fn hitless_signal(ctx: RawTracePointContext) -> i32 {
+    signal::signal(&ctx);
+    0
+}
+
+#[raw_tracepoint(tracepoint = "inet_sock_set_state")]
+fn hitless_sock_state(ctx: RawTracePointContext) -> i32 {
+    signal::socket_state(&ctx);
+    0
+}
 
 #[cfg(not(test))]
 #[panic_handler]
@@ -23,22 +77,3 @@ fn panic(_info: &core::panic::PanicInfo<'_>) -> ! {
 #[unsafe(link_section = "license")]
 #[unsafe(no_mangle)]
 static LICENSE: [u8; 13] = *b"Dual MIT/GPL\0";
-
-mod hello {
-    use crate::maps::*;
-    use aya_ebpf::{EbpfContext, helpers::*, macros::*, programs::*};
-    use dataplane_ebpf::abi::*;
-    #[cgroup_sock_addr(connect4)]
-    fn hitless_connect4(ctx: SockAddrContext) -> i32 {
-        let Some(settings) = settings() else { return 1 };
-        let k = Endpoint::new(Addr::v4(unsafe { (*ctx.sock_addr).user_ip4 }), 1, 6);
-        if let Some(f) = unsafe { FRONTENDS.get(k) } {
-            if let Some(p) = crate::pick::pick(settings, f.service, &[0; MAX_TRIES], &Addr::default(), true) {
-                unsafe { (*ctx.sock_addr).user_ip4 = p.at.addr.0[3] };
-                crate::suspect::answered(p.backend, p.generation);
-                crate::suspect::failed(settings, p.backend, p.generation, f.service, 1, 111);
-            }
-        }
-        1
-    }
-}

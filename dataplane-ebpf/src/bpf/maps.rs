@@ -1,7 +1,9 @@
 //! Every map of the object, in one place. `SETTINGS` and the read-only globals below are the
 //! agent's; `docs/architecture.md` says who writes what.
 
+use aya_ebpf::bindings::{BPF_SK_STORAGE_GET_F_CREATE, bpf_sock};
 use aya_ebpf::btf_maps::{Array, HashMap, LruHashMap, PerCpuArray, RingBuf, SkStorage};
+use aya_ebpf::helpers::generated::bpf_sk_storage_get;
 use aya_ebpf::macros::btf_map;
 use dataplane_ebpf::abi::{
     Affinity, AffinityKey, Backend, EVENTS_BYTES, Endpoint, FlowKey, Frontend, ListenerKey, MAX_AFFINITY, MAX_BACKENDS,
@@ -67,4 +69,36 @@ pub fn count(stat: Stat) {
 #[inline(always)]
 pub fn settings() -> Option<&'static Settings> {
     SETTINGS.get(0)
+}
+
+/// The storage that `map` keeps with a socket, if it has any.
+///
+/// # Safety
+/// `sk` must be the socket pointer of the program's context.
+#[inline(always)]
+pub unsafe fn stored<T>(map: &'static SkStorage<T>, sk: *mut bpf_sock) -> Option<&'static mut T> {
+    // SAFETY: the caller's promise; the verifier checks both pointers.
+    unsafe { storage(map, sk, 0) }
+}
+
+/// The storage that `map` keeps with a socket, zeroed when it is new.
+///
+/// # Safety
+/// As [`stored`].
+#[inline(always)]
+pub unsafe fn stored_or_new<T>(map: &'static SkStorage<T>, sk: *mut bpf_sock) -> Option<&'static mut T> {
+    // SAFETY: the caller's promise.
+    let found = unsafe { storage(map, sk, u64::from(BPF_SK_STORAGE_GET_F_CREATE)) };
+    if found.is_none() {
+        count(Stat::MapFull);
+    }
+    found
+}
+
+/// aya's own accessor takes a context of one program type only.
+#[inline(always)]
+unsafe fn storage<T>(map: &'static SkStorage<T>, sk: *mut bpf_sock, flags: u64) -> Option<&'static mut T> {
+    let map = core::ptr::from_ref(map).cast_mut().cast();
+    // SAFETY: the caller's promise; the verifier knows the result's size and asks for the null check.
+    unsafe { bpf_sk_storage_get(map, sk.cast(), core::ptr::null_mut(), flags).cast::<T>().as_mut() }
 }

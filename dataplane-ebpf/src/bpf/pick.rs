@@ -2,7 +2,7 @@
 
 use aya_ebpf::helpers::{bpf_get_prandom_u32, bpf_ktime_get_ns};
 use dataplane_ebpf::{
-    abi::{Addr, Backend, Endpoint, MAX_TRIES, ServiceId, Settings, Slot, SlotKey, Stat},
+    abi::{Addr, Backend, Endpoint, MAX_BACKENDS, MAX_TRIES, ServiceId, Settings, SlotKey, Stat},
     choose::{self, Best, DRAWS, SCAN},
     health::{Class, Health, ticks},
 };
@@ -16,8 +16,8 @@ use crate::{
 pub struct Picked {
     pub backend: u32,
     pub generation: u32,
-    /// This connect is the one that probes a suspect backend.
-    pub probe: bool,
+    /// What it was taken as. [`Class::Probe`]: this connect is the one that probes it.
+    pub class: Class,
     pub at: Endpoint,
 }
 
@@ -38,42 +38,42 @@ pub fn pick(
         fail_open: fail_open as u32,
         tried: *tried,
         avoid: *avoid,
-        picked: Seen { backend: 0, generation: 0, class: Class::Stale as u32, weight: 0, at: Endpoint::default() },
+        backend: 0,
+        generation: 0,
+        class: Class::Stale as u32,
+        at: Endpoint::default(),
     };
-    if choose_backend(&mut choice) == 0 {
+    if hitless_choose(&raw mut choice) == 0 {
         return None;
     }
-    let Seen { backend, generation, class, at, .. } = choice.picked;
-    Some(Picked { backend, generation, probe: class == Class::Probe as u32, at })
+    let Choice { backend, generation, class, at, .. } = choice;
+    Some(Picked { backend, generation, class: Class::from_u32(class), at })
 }
 
-/// Question and answer of [`choose_backend`], on the caller's stack: a subprogram takes few arguments.
+/// Question and answer of [`hitless_choose`], on the caller's stack: a subprogram takes few arguments.
 #[repr(C)]
-struct Choice {
+pub struct Choice {
     service: ServiceId,
     layers: u32,
     suspect_ticks: u32,
     fail_open: u32,
     tried: [u32; MAX_TRIES],
     avoid: Addr,
-    picked: Seen,
-}
-
-/// A slot whose backend exists, in the slot's own generation.
-#[derive(Clone, Copy)]
-#[repr(C)]
-struct Seen {
     backend: u32,
     generation: u32,
-    weight: u32,
     /// A [`Class`].
     class: u32,
     at: Endpoint,
 }
 
-/// Fills `choice.picked` and returns 1, or 0. One subprogram, so that each program carries it once.
+/// Fills in the answer and returns 1, or 0.
+///
+/// A global function (of BTF linkage): the verifier checks it once by itself, whoever calls it.
+#[unsafe(no_mangle)]
 #[inline(never)]
-fn choose_backend(choice: &mut Choice) -> u32 {
+pub extern "C" fn hitless_choose(choice: *mut Choice) -> u32 {
+    // SAFETY: the verifier checks that callers pass a `Choice`, and asks for the comparison with null.
+    let Some(choice) = (unsafe { choice.as_mut() }) else { return 0 };
     let Some(service) = SERVICES.get_ptr(choice.service) else { return 0 };
     // SAFETY: checked by the verifier; a torn read is harmless, each slot is checked by itself.
     let service = unsafe { cell::read(service) };
@@ -83,31 +83,53 @@ fn choose_backend(choice: &mut Choice) -> u32 {
     // SAFETY: a helper without arguments.
     let now = ticks(unsafe { bpf_ktime_get_ns() });
     let mask = random();
-    let mut skipped = 0;
+    let mut chosen = Seen::NONE;
     if service.ready > 0 {
+        let mut skipped = 0;
         for _ in 0..DRAWS {
             skipped = cell::hide(skipped, mask);
             let index = choose::pick(random(), service.ready);
-            let Some(seen) = look(choice, index, now, false, mask) else { continue };
+            let seen = Seen(hitless_look(choice, index, now, 0));
             // A slot that weighs the most needs no second draw.
-            if seen.weight < service.max_weight && !choose::accept(random(), seen.weight, service.max_weight) {
+            if seen.class() == STALE
+                || (seen.weight() < service.max_weight && !choose::accept(random(), seen.weight(), service.max_weight))
+            {
                 continue;
             }
-            if seen.class == Class::Live as u32
-                || (seen.class == Class::Probe as u32 && win_probe(&seen, now, choice.suspect_ticks))
-            {
-                if skipped != 0 {
-                    count(Stat::Skipped);
-                }
-                choice.picked = seen;
-                return 1;
+            if seen.class() == LIVE || (seen.class() == PROBE && win_probe(seen, now, choice.suspect_ticks)) {
+                chosen = seen;
+                break;
             }
             skipped = 1;
         }
+        if skipped != 0 {
+            count(Stat::Skipped);
+        }
     }
-    let total = service.ready + service.terminating;
+    if chosen.backend() == 0 {
+        chosen = scan(choice, service.ready, service.ready + service.terminating, now);
+        match chosen.class() {
+            LIVE => {}
+            // Whoever loses the race for a probe here goes along with it: there is nothing better.
+            PROBE => _ = win_probe(chosen, now, choice.suspect_ticks),
+            DRAINING => count(Stat::ServingTerminating),
+            _ => count(Stat::FailedOpen),
+        }
+    }
+    let Some(backend) = backend(chosen.backend(), chosen.generation()) else { return 0 };
+    choice.backend = chosen.backend();
+    choice.generation = chosen.generation();
+    choice.class = chosen.class();
+    choice.at = backend.at;
+    1
+}
+
+/// The best of up to [`SCAN`] slots from a random one on.
+#[inline(always)]
+fn scan(choice: &Choice, ready: u32, total: u32, now: u32) -> Seen {
     let start = choose::pick(random(), total);
-    let mut best = Best::NONE;
+    let mut best = 0;
+    let mut chosen = Seen::NONE;
     for step in 0..SCAN {
         if step >= total {
             break;
@@ -116,79 +138,125 @@ fn choose_backend(choice: &mut Choice) -> u32 {
         if index >= total {
             index -= total;
         }
-        let Some(mut seen) = look(choice, index, now, index >= service.ready, mask) else { continue };
-        if seen.class == Class::Probe as u32 {
-            if win_probe(&seen, now, choice.suspect_ticks) {
-                choice.picked = seen;
-                return 1;
-            }
-            seen.class = Class::Suspect as u32;
+        let seen = hitless_look(choice, index, now, (index >= ready) as u32);
+        best = hitless_offer(best, seen);
+        if best & TAKEN != 0 {
+            chosen = Seen(seen);
         }
-        if seen.class == Class::Refusing as u32 && choice.fail_open == 0 {
-            continue;
-        }
-        best.offer(seen.class, seen.backend, seen.generation, seen.weight, random());
-        best.class = cell::hide(best.class, mask);
     }
-    if !best.is_some() {
-        return 0;
-    }
-    if best.class == Class::Draining as u32 {
-        count(Stat::ServingTerminating);
-    } else if best.class != Class::Live as u32 {
-        count(Stat::FailedOpen);
-    }
-    let Some(backend) = backend(best.backend, best.generation) else { return 0 };
-    choice.picked =
-        Seen { backend: best.backend, generation: best.generation, weight: 0, class: best.class, at: backend.at };
-    1
+    chosen
 }
 
-/// What is in the slot, unless it is stale or ruled out.
-#[inline(always)]
-fn look(choice: &Choice, index: u32, now: u32, terminating: bool, mask: u32) -> Option<Seen> {
+/// In the number that a scan keeps of [`Best`]: the slot just offered is the best one.
+/// The total weight is in the lower 32 bits, and above it 5 - class, so that 0 is [`Best::NONE`].
+const TAKEN: u64 = 1 << 63;
+
+/// [`Best::offer`].
+#[unsafe(no_mangle)]
+#[inline(never)]
+pub extern "C" fn hitless_offer(best: u64, seen: u64) -> u64 {
+    let seen = Seen(seen);
+    let worst = Class::Stale as u32;
+    let mut best = Best { class: Class::from_u32(worst - (((best >> 32) as u32) & 0x7)), total_weight: best as u32 };
+    let taken = best.offer(Class::from_u32(seen.class()), seen.weight(), random());
+    let known = (u64::from(worst - best.class as u32) << 32) | u64::from(best.total_weight);
+    if taken { known | TAKEN } else { known }
+}
+
+/// What is in the slot, as a [`Seen`]; [`Seen::NONE`] when it is stale or ruled out. A global function too, so that its
+/// result is just a number to the verifier, and the loops around it have one path each.
+#[unsafe(no_mangle)]
+#[inline(never)]
+pub extern "C" fn hitless_look(choice: *const Choice, index: u32, now: u32, terminating: u32) -> u64 {
+    // SAFETY: as in `hitless_choose`.
+    let Some(choice) = (unsafe { choice.as_ref() }) else { return Seen::NONE.0 };
     let key = SlotKey { service: choice.service, index };
-    let Some(slot) = SLOTS.get_ptr(key) else {
+    let seen = SLOTS.get_ptr(key).and_then(|slot| {
+        // SAFETY: checked by the verifier; the service and the generation tell a torn read.
+        let slot = unsafe { cell::read(slot) };
+        let class = health(slot.backend)?.seen(slot.generation, now, choice.layers, terminating != 0) as u32;
+        let backend = backend(slot.backend, slot.generation)?;
+        (slot.service == choice.service && class != Class::Stale as u32).then_some((slot, class, backend))
+    });
+    let Some((slot, class, backend)) = seen else {
         count(Stat::StaleSlot);
-        return None;
+        return Seen::NONE.0;
     };
-    // SAFETY: checked by the verifier; the service and the generation tell a torn read.
-    let Slot { backend: id, generation, service, weight } = unsafe { cell::read(slot) };
-    if service != choice.service {
-        count(Stat::StaleSlot);
-        return None;
-    }
     let [a, b, c, d] = choice.tried;
-    if id == a || id == b || id == c || id == d {
-        return None;
+    let id = slot.backend;
+    let ruled_out = id == a || id == b || id == c || id == d || backend.at.addr == choice.avoid;
+    if ruled_out || (class == REFUSING && choice.fail_open == 0) {
+        return Seen::NONE.0;
     }
-    let class = health(id)?.seen(generation, now, choice.layers, terminating) as u32;
-    let class = cell::hide(class, mask);
-    let Some(backend) = backend(id, generation) else {
-        count(Stat::StaleSlot);
-        return None;
-    };
-    if class == Class::Stale as u32 {
-        count(Stat::StaleSlot);
-        return None;
-    }
-    if backend.at.addr == choice.avoid {
-        return None;
-    }
-    Some(Seen { backend: id, generation, weight, class, at: backend.at })
+    Seen::new(id, slot.generation, slot.weight, class).0
 }
 
-/// The one connect among many that may probe a suspect backend whose term is over.
-#[inline(always)]
-fn win_probe(seen: &Seen, now: u32, suspect_ticks: u32) -> bool {
-    let Some(word) = HEALTH.get_ptr_mut(seen.backend) else { return false };
+/// A slot whose backend exists, in the slot's own generation, in one number: backend (24 bits),
+/// class (8), weight (16), generation (16).
+#[derive(Clone, Copy)]
+struct Seen(u64);
+
+impl Seen {
+    const NONE: Self = Self((STALE as u64) << 32);
+
+    #[inline(always)]
+    fn new(backend: u32, generation: u32, weight: u32, class: u32) -> Self {
+        let high = (backend << 8) | (class & 0xff);
+        let low = (weight << 16) | (generation & 0xffff);
+        Self((u64::from(high) << 32) | u64::from(low))
+    }
+
+    #[inline(always)]
+    fn backend(self) -> u32 {
+        (self.0 >> 40) as u32
+    }
+
+    #[inline(always)]
+    fn class(self) -> u32 {
+        (self.0 >> 32) as u32 & 0xff
+    }
+
+    #[inline(always)]
+    fn weight(self) -> u32 {
+        self.0 as u32 >> 16
+    }
+
+    #[inline(always)]
+    fn generation(self) -> u32 {
+        self.0 as u32 & 0xffff
+    }
+}
+
+const _: () = assert!(MAX_BACKENDS <= 1 << 24, "a backend's number must fit into Seen");
+const LIVE: u32 = Class::Live as u32;
+const PROBE: u32 = Class::Probe as u32;
+const DRAINING: u32 = Class::Draining as u32;
+const REFUSING: u32 = Class::Refusing as u32;
+const STALE: u32 = Class::Stale as u32;
+
+/// Lets one connect among many probe a suspect backend whose term is over: 1 for that one.
+#[unsafe(no_mangle)]
+#[inline(never)]
+pub extern "C" fn hitless_win_probe(backend: u32, generation: u32, now: u32, suspect_ticks: u32) -> u32 {
+    let Some(word) = HEALTH.get_ptr_mut(backend) else { return 0 };
     // SAFETY: checked by the verifier.
     let old = Health(unsafe { cell::read(word) });
-    if !matches!(old.class(seen.generation, now), Class::Probe) {
-        return false;
+    if !matches!(old.class(generation, now), Class::Probe) {
+        return 0;
     }
     // SAFETY: checked by the verifier.
-    unsafe { cell::exchange(word, old.0, old.probed(now, suspect_ticks).0) }
+    unsafe { cell::exchange(word, old.0, old.probed(now, suspect_ticks).0) as u32 }
+}
+
+/// Lets one connect among many probe a backend that somebody holds on to.
+#[inline(always)]
+pub fn probe(settings: &Settings, backend: u32, generation: u32, now: u32) -> bool {
+    hitless_win_probe(backend, generation, now, settings.suspect_ticks) != 0
+}
+
+#[inline(always)]
+fn win_probe(seen: Seen, now: u32, suspect_ticks: u32) -> bool {
+    hitless_win_probe(seen.backend(), seen.generation(), now, suspect_ticks) != 0
 }
 
 /// A backend's health word.
