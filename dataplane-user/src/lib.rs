@@ -1,5 +1,6 @@
 //! The hitless agent: sources, registry, and the one writer of the kernel's maps.
 
+pub mod doctor;
 pub mod kernel;
 pub mod model;
 pub mod registry;

@@ -10,7 +10,7 @@
 
 pub mod object;
 
-mod btf;
+pub(crate) mod btf;
 mod enroll;
 mod error;
 mod events;
@@ -20,6 +20,7 @@ mod load;
 mod maps;
 mod netns;
 mod pins;
+pub(crate) mod probe;
 mod snapshot;
 mod sweep;
 mod sys;

@@ -268,8 +268,18 @@ pub fn lock(root: &Path) -> Result<OwnedFd, Error> {
     }
 }
 
-/// proc_locks(5): `1: FLOCK  ADVISORY  WRITE 123 00:2a:4711 0 EOF`.
+/// Who holds the lock on a pin directory, if anybody in this pid namespace does. Takes no lock itself.
+pub fn holder(root: &Path) -> Option<String> {
+    lock_owner(fs::metadata(root).ok()?.ino()).map(|pid| format!("process {pid}"))
+}
+
 fn lock_holder(inode: u64) -> String {
+    lock_owner(inode)
+        .map_or_else(|| "its process is in another pid namespace".to_owned(), |pid| format!("process {pid}"))
+}
+
+/// proc_locks(5): `1: FLOCK  ADVISORY  WRITE 123 00:2a:4711 0 EOF`.
+fn lock_owner(inode: u64) -> Option<i32> {
     let suffix = format!(":{inode}");
     let locks = fs::read_to_string("/proc/locks").unwrap_or_default();
     locks
@@ -278,7 +288,6 @@ fn lock_holder(inode: u64) -> String {
         .find(|fields| fields.get(1) == Some(&"FLOCK") && fields.get(5).is_some_and(|id| id.ends_with(&suffix)))
         .and_then(|fields| fields[4].parse::<i32>().ok())
         .filter(|pid| *pid > 0)
-        .map_or_else(|| "its process is in another pid namespace".to_owned(), |pid| format!("process {pid}"))
 }
 
 fn make_dir(path: &Path) -> Result<(), Error> {

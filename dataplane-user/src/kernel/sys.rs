@@ -18,9 +18,11 @@ use aya::Pod;
 const MAP_LOOKUP_ELEM: i32 = 1;
 const MAP_UPDATE_ELEM: i32 = 2;
 const MAP_DELETE_ELEM: i32 = 3;
+const PROG_LOAD: i32 = 5;
 const OBJ_PIN: i32 = 6;
 const OBJ_GET: i32 = 7;
 const OBJ_GET_INFO_BY_FD: i32 = 15;
+const PROG_QUERY: i32 = 16;
 const RAW_TRACEPOINT_OPEN: i32 = 17;
 const MAP_LOOKUP_BATCH: i32 = 24;
 const MAP_UPDATE_BATCH: i32 = 26;
@@ -275,6 +277,75 @@ pub fn raw_tracepoint_open(program: BorrowedFd<'_>, tracepoint: &str) -> io::Res
     let name = CString::new(tracepoint)?;
     let mut attributes = RawTracepointOpen { name: name.as_ptr() as u64, prog_fd: program.as_raw_fd() as u32, _pad: 0 };
     bpf(RAW_TRACEPOINT_OPEN, &mut attributes).map(owned)
+}
+
+/// `enum bpf_prog_type`, as far as programs are loaded for a trial.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[repr(u32)]
+pub enum ProgramKind {
+    SchedClassifier = 3,
+    RawTracepoint = 17,
+}
+
+#[repr(C)]
+struct ProgramLoad {
+    kind: u32,
+    instruction_count: u32,
+    instructions: u64,
+    license: u64,
+    log_level: u32,
+    log_size: u32,
+    log_buffer: u64,
+    kernel_version: u32,
+    flags: u32,
+}
+
+/// A program that does nothing: `r0 = -1` (tc: the next program decides), `exit`.
+pub fn load_nothing(kind: ProgramKind) -> io::Result<OwnedFd> {
+    let instructions = [0xffff_ffff_0000_00b7_u64, 0x0000_0000_0000_0095];
+    let mut attributes = ProgramLoad {
+        kind: kind as u32,
+        instruction_count: instructions.len() as u32,
+        instructions: instructions.as_ptr() as u64,
+        license: c"GPL".as_ptr() as u64,
+        log_level: 0,
+        log_size: 0,
+        log_buffer: 0,
+        kernel_version: 0,
+        flags: 0,
+    };
+    bpf(PROG_LOAD, &mut attributes).map(owned)
+}
+
+#[repr(C)]
+struct ProgramQuery {
+    target_fd: u32,
+    attach_type: u32,
+    query_flags: u32,
+    attach_flags: u32,
+    program_ids: u64,
+    program_count: u32,
+    _pad: u32,
+}
+
+/// The identifiers of the programs that run at a cgroup's hook, those of its ancestors included.
+pub fn cgroup_programs(cgroup: BorrowedFd<'_>, attach: Attach) -> io::Result<Vec<u32>> {
+    /// `BPF_F_QUERY_EFFECTIVE`.
+    const EFFECTIVE: u32 = 1;
+    // 64 per cgroup is the kernel's limit (BPF_CGROUP_MAX_PROGS); a few levels of them fit.
+    let mut ids = vec![0_u32; 512];
+    let mut attributes = ProgramQuery {
+        target_fd: cgroup.as_raw_fd() as u32,
+        attach_type: attach as u32,
+        query_flags: EFFECTIVE,
+        attach_flags: 0,
+        program_ids: ids.as_mut_ptr() as u64,
+        program_count: ids.len() as u32,
+        _pad: 0,
+    };
+    bpf(PROG_QUERY, &mut attributes)?;
+    ids.truncate(attributes.program_count as usize);
+    Ok(ids)
 }
 
 #[repr(C)]
