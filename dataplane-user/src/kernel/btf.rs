@@ -2,7 +2,7 @@
 
 use std::io;
 
-use btf_rs::{Btf, Struct, Type};
+use btf_rs::{Backend, Btf, Struct, Type};
 use dataplane_ebpf::offsets::{Global, OFFSETS, Wanted};
 
 use super::error::Error;
@@ -16,7 +16,7 @@ pub fn globals() -> Result<Vec<(&'static str, u32)>, Error> {
 }
 
 pub fn open() -> Result<Btf, Error> {
-    Btf::from_file(VMLINUX).map_err(|error| Error::NoBtf {
+    Btf::from_file_with_backend(VMLINUX, Backend::Mmap).map_err(|error| Error::NoBtf {
         source: match error {
             btf_rs::Error::IO(source) => source,
             error => io::Error::new(io::ErrorKind::InvalidData, error.to_string()),

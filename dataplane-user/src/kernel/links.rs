@@ -79,7 +79,7 @@ pub fn attach_all(programs: &Programs, cgroup: &Path, links: &Path) -> Result<Ve
 pub fn detached(cgroup: &Path, links: &Path) -> Vec<&'static str> {
     let id = fs::metadata(cgroup).map_or(0, |metadata| metadata.ino());
     let alive = |name: &str, hook: &Hook| {
-        let Ok(link) = sys::open_pin(&links.join(name), 0) else { return false };
+        let Ok(link) = sys::open_pin(&links.join(name)) else { return false };
         match hook {
             Hook::Cgroup(_) => sys::link_info(link.as_fd()).is_ok_and(|info| info.target() == id && id != 0),
             _ => true,
@@ -115,7 +115,7 @@ pub fn update_or(
     target: u64,
     create: impl FnOnce() -> io::Result<OwnedFd>,
 ) -> io::Result<Attached> {
-    if let Ok(link) = sys::open_pin(pin, 0)
+    if let Ok(link) = sys::open_pin(pin)
         && sys::link_info(link.as_fd()).is_ok_and(|info| info.target() == target)
     {
         match sys::link_update(link.as_fd(), program) {

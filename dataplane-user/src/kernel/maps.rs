@@ -150,8 +150,8 @@ impl Maps {
     pub fn open(pin: impl Fn(&str) -> std::path::PathBuf, sizes: &Sizes, writable: bool) -> Result<Self, Error> {
         let open = |name: &'static str| -> Result<OwnedFd, Error> {
             let path = pin(name);
-            // A read-only mapping needs no more than a read-only descriptor.
-            sys::open_pin(&path, if writable { 0 } else { sys::F_RDONLY }).map_err(|source| pin_error(&path, source))
+            // Not read-only even for a look: the kernel maps arrays only for descriptors that may write.
+            sys::open_pin(&path).map_err(|source| pin_error(&path, source))
         };
         let hash = |name: &'static str| -> Result<HashMap, Error> {
             Ok(HashMap { name, size: sizes.of(name).unwrap_or(0), fd: Arc::new(open(name)?) })

@@ -120,6 +120,10 @@ pub fn listeners(netns_cookie: u64) -> io::Result<Vec<ListenerKey>> {
             let SockDiagMessage::InetResponse(socket) = answer else { continue };
             let v6_only = socket.nlas.iter().any(|nla| matches!(nla, SocketNla::SkV6Only(true)));
             let address = socket.header.socket_id.source_address;
+            // Nobody outside the pod connects there, and the program does not count them either.
+            if address.is_loopback() {
+                continue;
+            }
             let port_be = socket.header.socket_id.source_port.to_be();
             let key = |addr| ListenerKey { netns_cookie, addr, port_be, _pad: [0; 6] };
             keys.push(key(abi_addr(address)));

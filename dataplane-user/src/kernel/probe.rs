@@ -128,7 +128,7 @@ pub fn neighbours(config: &Config) -> Result<BTreeMap<&'static str, Vec<String>>
 fn ours(links: &Path) -> Vec<u32> {
     let pins = snapshot::pinned(links).unwrap_or_default();
     pins.iter()
-        .filter_map(|pin| sys::link_info(sys::open_pin(pin, 0).ok()?.as_fd()).ok())
+        .filter_map(|pin| sys::link_info(sys::open_pin(pin).ok()?.as_fd()).ok())
         .map(|info| info.program_id)
         .collect()
 }

@@ -126,7 +126,7 @@ fn link_states(directory: &Path) -> Result<Vec<LinkState>, Error> {
     let mut states = Vec::new();
     for path in pinned(directory)? {
         let name = path.file_name().map(|name| name.to_string_lossy().into_owned()).unwrap_or_default();
-        let Ok(link) = sys::open_pin(&path, 0) else { continue };
+        let Ok(link) = sys::open_pin(&path) else { continue };
         // A pinned program (the marker of a tc filter) has no link info.
         let Ok(info) = sys::link_info(link.as_fd()) else { continue };
         let attached = info.kind == sys::LINK_RAW_TRACEPOINT || info.target() != 0;

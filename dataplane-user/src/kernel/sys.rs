@@ -29,9 +29,6 @@ const MAP_UPDATE_BATCH: i32 = 26;
 const LINK_CREATE: i32 = 28;
 const LINK_UPDATE: i32 = 29;
 
-/// `BPF_F_RDONLY`, for opening pins of maps that are only looked at.
-pub const F_RDONLY: u32 = 1 << 3;
-
 /// `enum bpf_attach_type`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[repr(u32)]
@@ -223,10 +220,10 @@ pub fn pin(fd: BorrowedFd<'_>, path: &Path) -> io::Result<()> {
     bpf(OBJ_PIN, &mut attributes).map(drop)
 }
 
-/// Opens a pin. `flags`: 0 or [`F_RDONLY`] (maps only).
-pub fn open_pin(path: &Path, flags: u32) -> io::Result<OwnedFd> {
+/// Opens a pin.
+pub fn open_pin(path: &Path) -> io::Result<OwnedFd> {
     let path = c_path(path)?;
-    let mut attributes = ObjectAttributes { pathname: path.as_ptr() as u64, bpf_fd: 0, file_flags: flags };
+    let mut attributes = ObjectAttributes { pathname: path.as_ptr() as u64, bpf_fd: 0, file_flags: 0 };
     bpf(OBJ_GET, &mut attributes).map(owned)
 }
 
