@@ -8,5 +8,7 @@
 
 pub mod abi;
 pub mod choose;
+pub mod flow;
 pub mod health;
 pub mod offsets;
+pub mod packet;

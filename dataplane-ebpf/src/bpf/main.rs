@@ -9,8 +9,8 @@
 )]
 
 use aya_ebpf::{
-    macros::{cgroup_sock_addr, raw_tracepoint, sock_ops},
-    programs::{RawTracePointContext, SockAddrContext, SockOpsContext},
+    macros::{cgroup_sock_addr, classifier, raw_tracepoint, sock_ops},
+    programs::{RawTracePointContext, SockAddrContext, SockOpsContext, TcContext},
 };
 
 use crate::address::Family::{V4, V6};
@@ -22,10 +22,13 @@ mod events;
 mod maps;
 mod offsets;
 mod pick;
+mod rebind;
 mod route;
 mod signal;
+mod skb;
 mod sockops;
 mod suspect;
+mod tc;
 mod udp;
 
 /// Entry points of one kind: the hook's logic returns nothing, and the hook lets the call proceed.
@@ -66,6 +69,16 @@ fn hitless_signal(ctx: RawTracePointContext) -> i32 {
 fn hitless_sock_state(ctx: RawTracePointContext) -> i32 {
     signal::socket_state(&ctx);
     0
+}
+
+#[classifier]
+fn hitless_tc_egress(ctx: TcContext) -> i32 {
+    tc::egress(skb::Skb(ctx.skb.skb))
+}
+
+#[classifier]
+fn hitless_tc_ingress(ctx: TcContext) -> i32 {
+    tc::ingress(skb::Skb(ctx.skb.skb))
 }
 
 #[cfg(not(test))]
