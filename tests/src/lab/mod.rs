@@ -11,6 +11,7 @@ pub mod net;
 pub mod node;
 pub mod pod;
 pub mod process;
+pub mod scene;
 
 use std::{
     fs,

@@ -1,0 +1,93 @@
+//! Rolling updates under load: nobody notices.
+
+use std::{collections::VecDeque, net::SocketAddr, thread, time::Duration};
+
+use anyhow::Result;
+use hitless_tests::{
+    lab::{
+        Process, Topology,
+        net::Family,
+        scene::{Scene, SceneSpec, Web},
+    },
+    workload::storm::Outcome,
+};
+
+const ROLLOUTS: usize = 20;
+const CONNECTIONS: usize = 100_000;
+const PODS: usize = 3;
+/// How late the control plane tells of a death.
+const LATE: Duration = Duration::from_secs(5);
+/// From a pod's deletion to its SIGTERM.
+const KUBELET: Duration = Duration::from_millis(5);
+
+fn start_storm(scene: &Scene, to: SocketAddr) -> Result<(Process, std::path::PathBuf)> {
+    let result = scene.client.place.file("storm.json");
+    let process = scene.client.workload(&[
+        "storm",
+        "--target",
+        &to.to_string(),
+        "--connections",
+        &CONNECTIONS.to_string(),
+        "--threads",
+        "4",
+        "--result",
+        &result.to_string_lossy(),
+    ])?;
+    Ok((process, result))
+}
+
+/// 100,000 connections at full speed while every pod is replaced 20 times, the control plane 5 s late.
+fn a_storm_loses_nothing(family: Family, topology: Topology) -> Result<()> {
+    let mut scene = Scene::new(&SceneSpec { topology, webs: vec![], ..SceneSpec::default() })?;
+    let mut webs: VecDeque<Web> = (0..PODS).map(|i| scene.add_web(1 + i % 2)).collect::<Result<_>>()?;
+    let (storm, result) = start_storm(&scene, scene.vip(family))?;
+    let mut late = Vec::new();
+    let mut rollouts = 0;
+    while rollouts < ROLLOUTS {
+        for turn in 0..PODS {
+            webs.push_back(scene.add_web(1 + (rollouts + turn) % 2)?);
+            let old = webs.pop_front().expect("never empty");
+            // The pod watch is quick (L1); what is late are the endpoints.
+            scene.control.terminating(&old.pod.name)?;
+            thread::sleep(KUBELET);
+            old.server.sigterm()?;
+            let control = scene.control.clone();
+            late.push(thread::spawn(move || -> Result<()> {
+                old.server.wait()?;
+                thread::sleep(LATE);
+                control.endpoint_gone(&old.pod.name)?;
+                control.pod_deleted(&old.pod.name)?;
+                old.pod.delete()
+            }));
+        }
+        rollouts += 1;
+    }
+    assert!(storm.running(), "the storm was over before the rollouts were: more connections are needed");
+    storm.wait()?;
+    let outcome: Outcome = serde_json::from_str(&std::fs::read_to_string(result)?)?;
+    eprintln!(
+        "{} connections in {:.1} s, {} rebound, connect p50 {} µs, p99 {} µs, max {} µs",
+        outcome.connections,
+        outcome.seconds,
+        scene.rebound()?,
+        outcome.connect_p50_us,
+        outcome.connect_p99_us,
+        outcome.connect_max_us
+    );
+    assert_eq!((outcome.failed, &outcome.reasons), (0, &Default::default()));
+    assert_eq!(outcome.connections, CONNECTIONS as u64);
+    for late in late {
+        late.join().expect("no panic")?;
+    }
+    Ok(())
+}
+
+#[test]
+fn a_storm_over_ipv4_loses_nothing() -> Result<()> {
+    a_storm_loses_nothing(Family::V4, Topology::Bridge)
+}
+
+#[test]
+fn a_storm_over_ipv6_loses_nothing() -> Result<()> {
+    a_storm_loses_nothing(Family::V6, Topology::Routed)
+}
