@@ -139,7 +139,7 @@ impl Stage<'_> {
         if let Some(layers) = self.mode.layers() {
             for node in self.lab.nodes() {
                 let agent = node.start_agent(AgentOptions { layers: layers.into(), ..AgentOptions::default() })?;
-                self.control.connect_agent(node.index, agent.connect()?)?;
+                self.control.connect_agent(&agent)?;
                 self.agents.push(agent);
             }
         }

@@ -7,7 +7,7 @@ use std::{
     path::{Path, PathBuf},
     process::Command,
     sync::Mutex,
-    time::{Duration, Instant},
+    time::Duration,
 };
 
 use anyhow::{Context, Result, bail};
@@ -26,50 +26,45 @@ pub struct AgentOptions {
 
 pub struct Agent {
     process: Process,
-    node: usize,
-    admin: PathBuf,
-    stream: PathBuf,
+    pub node: usize,
+    place: Vec<String>,
+    source: PathBuf,
+    ready: PathBuf,
 }
 
-const READY_WITHIN: Duration = Duration::from_secs(30);
-
 impl Agent {
+    /// Its source accepts connections; it is ready once it has been told the state.
     pub(super) fn start(node: &Node, options: AgentOptions) -> Result<Self> {
         let host = &node.host;
-        let (admin, stream) = (host.file("admin.sock"), host.file("stream.sock"));
-        let bpffs = node.site.dir.join("bpf").join(&node.name);
-        let path = |path: &Path| path.to_string_lossy().into_owned();
-        let mut args = vec![path(&crate::workload::agent_binary()?), "run".into()];
-        for (flag, value) in [
-            ("--stream", path(&stream)),
-            ("--admin", path(&admin)),
-            ("--cgroup", path(&node.cgroup())),
-            ("--bpffs", path(&bpffs)),
-            ("--node", node.name.clone()),
-        ] {
-            args.extend([flag.to_owned(), value]);
+        let (source, ready) = (host.file("source.sock"), host.file("agent.ready"));
+        for stale in [&source, &ready] {
+            // An agent that was killed could not tidy up.
+            let _ = std::fs::remove_file(stale);
         }
+        let path = |path: &Path| path.to_string_lossy().into_owned();
+        let place = [
+            ("--state-dir", path(&host.file("agent"))),
+            ("--cgroup", path(&node.cgroup())),
+            ("--bpffs", path(&node.site.dir.join("bpf"))),
+            ("--name", node.name.clone()),
+        ];
+        let place: Vec<String> = place.into_iter().flat_map(|(flag, value)| [flag.to_owned(), value]).collect();
+        let mut args = vec![path(&crate::workload::agent_binary()?), "run".into()];
+        args.extend(place.clone());
+        args.extend(["--source".to_owned(), format!("stream:{}", path(&source))]);
+        args.extend(["--ready-file".to_owned(), path(&ready)]);
         if !options.layers.is_empty() {
             args.extend(["--layers".to_owned(), options.layers]);
         }
         args.extend(options.args);
-        let process = host.spawn_on_host(&args)?;
-        let agent = Self { process, node: node.index, admin, stream };
-        agent.wait_ready()?;
-        Ok(agent)
+        let process = host.start_agent(&args)?;
+        process.wait_for_file(&source)?;
+        Ok(Self { process, node: node.index, place, source, ready })
     }
 
-    fn wait_ready(&self) -> Result<()> {
-        let deadline = Instant::now() + READY_WITHIN;
-        while !self.stream.exists() {
-            if let Some(exit) = self.process.wait_for(Duration::from_millis(5))? {
-                bail!("the agent of node {} ended before it was ready ({exit:?}):\n{}", self.node, self.process.log());
-            }
-            if Instant::now() > deadline {
-                bail!("the agent of node {} was not ready within {READY_WITHIN:?}:\n{}", self.node, self.process.log());
-            }
-        }
-        Ok(())
+    /// Each hook is proved and the state is in force.
+    pub fn wait_ready(&self) -> Result<()> {
+        self.process.wait_for_file(&self.ready).with_context(|| format!("the agent of node {}", self.node))
     }
 
     pub fn process(&self) -> &Process {
@@ -78,7 +73,7 @@ impl Agent {
 
     /// A connection to its stream source.
     pub fn connect(&self) -> Result<Stream> {
-        Stream::connect(&self.stream)
+        Stream::connect(&self.source)
     }
 
     /// `hitless status --output json`.
@@ -86,18 +81,19 @@ impl Agent {
         self.admin(&["status"])
     }
 
-    /// Any admin command's JSON.
+    /// Any command's JSON.
     pub fn admin(&self, command: &[&str]) -> Result<Value> {
-        let output = Command::new(crate::workload::agent_binary()?)
-            .args(command)
-            .arg("--admin")
-            .arg(&self.admin)
-            .args(["--output", "json"])
-            .output()?;
+        let output = self.run(&[command, &["--output", "json"]].concat())?;
+        serde_json::from_str(&output).with_context(|| format!("JSON of hitless {}", command.join(" ")))
+    }
+
+    /// What `hitless` prints, told which agent is meant.
+    pub fn run(&self, command: &[&str]) -> Result<String> {
+        let output = Command::new(crate::workload::agent_binary()?).args(command).args(&self.place).output()?;
         if !output.status.success() {
             bail!("hitless {} failed: {}", command.join(" "), String::from_utf8_lossy(&output.stderr));
         }
-        serde_json::from_slice(&output.stdout).with_context(|| format!("JSON of hitless {}", command.join(" ")))
+        Ok(String::from_utf8(output.stdout)?)
     }
 
     /// The kernel's counters by name.

@@ -17,7 +17,10 @@ use std::{
 use anyhow::{Context, Result, bail};
 use dataplane_user::model::{self, Event, Key, Object, Snapshot};
 
-use super::{agent::Stream, pod::Pod};
+use super::{
+    agent::{Agent, Stream},
+    pod::Pod,
+};
 use crate::workload::gateway::Endpoints;
 
 #[derive(Clone, Default)]
@@ -69,14 +72,20 @@ impl ControlPlane {
         self.0.lock().expect("no panic while locked")
     }
 
-    /// From now on the agent of node `node` hears everything; first, all there is.
-    pub fn connect_agent(&self, node: usize, stream: Stream) -> Result<()> {
+    /// From now on the agent hears everything; first, all there is. Returns when it is ready.
+    pub fn connect_agent(&self, agent: &Agent) -> Result<()> {
+        let stream = agent.connect()?;
         let mut state = self.state();
-        let snapshot = state.snapshot(node);
-        stream.send(&Event::Sync { state: snapshot })?;
-        state.agents.retain(|(other, _)| *other != node);
-        state.agents.push((node, stream));
+        stream.send(&Event::Sync { state: state.snapshot(agent.node) })?;
+        agent.wait_ready()?;
+        state.agents.retain(|(other, _)| *other != agent.node);
+        state.agents.push((agent.node, stream));
         Ok(())
+    }
+
+    /// The agent of node `node` is gone: nobody is told anything there.
+    pub fn disconnect_agent(&self, node: usize) {
+        self.state().agents.retain(|(other, _)| *other != node);
     }
 
     /// From now on the gateway with this control socket hears the endpoints of `service`.
@@ -152,6 +161,7 @@ impl ControlPlane {
         let (gone, left) =
             std::mem::take(&mut state.backends).into_iter().partition(|backend| backend.pod.as_deref() == Some(pod));
         state.backends = left;
+        state.tell_gateways()?;
         let gone: Vec<model::Backend> = gone;
         for backend in gone {
             let key = Key::Backend {
@@ -162,7 +172,7 @@ impl ControlPlane {
             };
             state.tell_agents(|_| Event::Delete { object: key.clone() })?;
         }
-        state.tell_gateways()
+        Ok(())
     }
 
     /// The pod object is gone.

@@ -39,19 +39,19 @@ impl Place {
 
     /// Start a program as the init of its own PID namespace, like a container's.
     pub fn spawn<S: AsRef<str>>(&self, args: &[S]) -> Result<Process> {
-        self.start(args, true)
+        self.start(args, true, &self.cgroup)
     }
 
-    /// Start a program of the machine itself: in the machine's PID namespace.
-    pub fn spawn_on_host<S: AsRef<str>>(&self, args: &[S]) -> Result<Process> {
-        self.start(args, false)
+    /// Start the node's agent: in the machine's PID namespace, outside the cgroup that it attaches to.
+    pub(super) fn start_agent(&self, args: &[String]) -> Result<Process> {
+        self.start(args, false, &self.site.cgroup.join("agents"))
     }
 
-    fn start<S: AsRef<str>>(&self, args: &[S], container: bool) -> Result<Process> {
+    fn start<S: AsRef<str>>(&self, args: &[S], container: bool, cgroup: &Path) -> Result<Process> {
         let number = self.processes.fetch_add(1, Ordering::Relaxed);
         let args: Vec<String> = args.iter().map(|arg| arg.as_ref().to_owned()).collect();
         let log = self.site.dir.join(format!("logs/{}-{number}.log", self.name));
-        Spawn { args: &args, netns: &self.netns, cgroup: &self.cgroup, container, log: &log }.start()
+        Spawn { args: &args, netns: &self.netns, cgroup, container, log: &log }.start()
     }
 
     /// Start one of this crate's own workloads and wait until it says that it is ready.

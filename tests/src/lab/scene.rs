@@ -76,11 +76,24 @@ impl Scene {
         Ok(scene)
     }
 
+    /// Start the node's agent, or another in its place.
     pub fn start_agent(&mut self, node: usize, options: AgentOptions) -> Result<()> {
         let agent = self.lab.node(node).start_agent(options)?;
-        self.control.connect_agent(node, agent.connect()?)?;
-        self.agents.insert((node - 1).min(self.agents.len()), agent);
+        self.control.connect_agent(&agent)?;
+        self.agents.retain(|other| other.node != node);
+        self.agents.push(agent);
+        self.agents.sort_by_key(|agent| agent.node);
         Ok(())
+    }
+
+    pub fn agent(&self, node: usize) -> &Agent {
+        &self.agents[node - 1]
+    }
+
+    /// kill -9 to the node's agent. What it had pinned goes on.
+    pub fn kill_agent(&self, node: usize) -> Result<()> {
+        self.control.disconnect_agent(node);
+        self.agent(node).kill9()
     }
 
     /// Another pod of the service, serving and announced.
