@@ -9,6 +9,7 @@ pub mod cleanup;
 pub mod control;
 pub mod net;
 pub mod node;
+pub mod packets;
 pub mod pod;
 pub mod process;
 pub mod scene;

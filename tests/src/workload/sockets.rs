@@ -16,7 +16,8 @@ use anyhow::{Context, Result, bail};
 use nix::{
     cmsg_space,
     sys::socket::{
-        AddressFamily, ControlMessage, ControlMessageOwned, MsgFlags, SockFlag, SockType, recvmsg, sendmsg, socket,
+        AddressFamily, ControlMessage, ControlMessageOwned, MsgFlags, SockFlag, SockProtocol, SockType, recvmsg,
+        sendmsg, socket,
     },
 };
 
@@ -36,10 +37,13 @@ pub enum Kind {
     Tcp6,
     Udp4,
     Udp6,
+    /// For whole packets, header included.
+    Raw4,
+    Raw6,
 }
 
 impl Kind {
-    const ALL: [Self; 4] = [Self::Tcp4, Self::Tcp6, Self::Udp4, Self::Udp6];
+    const ALL: [Self; 6] = [Self::Tcp4, Self::Tcp6, Self::Udp4, Self::Udp6, Self::Raw4, Self::Raw6];
 
     fn open(self) -> nix::Result<OwnedFd> {
         let (family, kind) = match self {
@@ -47,8 +51,11 @@ impl Kind {
             Self::Tcp6 => (AddressFamily::Inet6, SockType::Stream),
             Self::Udp4 => (AddressFamily::Inet, SockType::Datagram),
             Self::Udp6 => (AddressFamily::Inet6, SockType::Datagram),
+            Self::Raw4 => (AddressFamily::Inet, SockType::Raw),
+            Self::Raw6 => (AddressFamily::Inet6, SockType::Raw),
         };
-        socket(family, kind, SockFlag::SOCK_CLOEXEC, None)
+        let protocol = (kind == SockType::Raw).then_some(SockProtocol::Raw);
+        socket(family, kind, SockFlag::SOCK_CLOEXEC, protocol)
     }
 }
 
