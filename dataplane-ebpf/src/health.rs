@@ -179,11 +179,12 @@ impl Health {
         }
     }
 
-    /// The word that the one prober of a suspect backend must exchange in: suspect for another
-    /// term, until the probe's outcome is known.
+    /// The word that the one prober of a suspect backend must exchange in: suspect for the second
+    /// half of a term, in which a failure is news (see [`Input::Failed`]), unless the probe ends it.
     #[inline(always)]
     pub const fn probed(self, now: u32, first: u32) -> Self {
-        self.with_until(now.wrapping_add(term(self.level(), first)))
+        let half = term(self.level(), first) / 2;
+        self.with_until(now.wrapping_add(if half == 0 { 1 } else { half }))
     }
 
     /// What `input` makes of this word. Returns the word itself when nothing changes.
@@ -222,7 +223,7 @@ impl Health {
                 }
             }
             Input::Failed { now, first, max_level } => {
-                // Connects that were under way when the suspicion began tell nothing new.
+                // In the first half of a term: connects that were under way when it began tell nothing new.
                 if self.level() > 0 && before(now, self.until().wrapping_sub(term(self.level(), first) / 2)) {
                     return self;
                 }
@@ -331,8 +332,8 @@ mod tests {
         assert_eq!(h.class(1, 1000 + FIRST), Class::Probe);
         let probing = h.probed(1000 + FIRST, FIRST);
         assert_eq!(probing.class(1, 1001 + FIRST), Class::Suspect, "one prober at a time");
-        let again = h.after(failed(1000 + FIRST));
-        assert_eq!((again.level(), again.until()), (2, 1000 + 3 * FIRST));
+        let again = probing.after(failed(1000 + FIRST));
+        assert_eq!((again.level(), again.until()), (2, 1000 + 3 * FIRST), "the probe failed");
         assert_eq!(again.after(Input::Answered).class(1, 0), Class::Live);
     }
 

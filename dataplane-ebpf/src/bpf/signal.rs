@@ -88,6 +88,7 @@ fn is_container_init(task: Object) -> Option<bool> {
 }
 
 const LISTEN: u32 = aya_ebpf::bindings::BPF_TCP_LISTEN;
+const CLOSE: u32 = aya_ebpf::bindings::BPF_TCP_CLOSE;
 const AF_INET: u16 = 2;
 const AF_INET6: u16 = 10;
 
@@ -96,10 +97,11 @@ const AF_INET6: u16 = 10;
 pub fn socket_state(ctx: &RawTracePointContext) -> Option<()> {
     let old = ctx.arg::<u64>(1) as u32;
     let new = ctx.arg::<u64>(2) as u32;
-    if (old == LISTEN) == (new == LISTEN) {
+    let opened = new == LISTEN;
+    // An accepted connection is a clone of its listener and goes from LISTEN to SYN_RECV: no close.
+    if !opened && (old != LISTEN || new != CLOSE) {
         return None;
     }
-    let opened = new == LISTEN;
     let sk = Object(ctx.arg::<u64>(0));
     if sk.read::<u16>(get(&OFF_SK_PROTOCOL))? != u16::from(PROTO_TCP) {
         return None;
