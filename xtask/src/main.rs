@@ -7,6 +7,7 @@ mod packages;
 mod root;
 mod section;
 mod step;
+mod suites;
 mod tasks;
 mod verify;
 mod workspace;
@@ -16,7 +17,7 @@ use std::process::ExitCode;
 use anyhow::Result;
 use clap::{Parser, Subcommand};
 
-use tasks::{Passed, Tests};
+use tasks::Passed;
 use workspace::Workspace;
 
 #[derive(Parser)]
@@ -37,7 +38,7 @@ enum Task {
     /// Show rolling updates, the classic way and with hitless
     Demo(Passed),
     /// Run all tests: host, 5.15 gate, verifier, packets, lab
-    Test(Tests),
+    Test(suites::Options),
     /// Measure the figures of docs/performance.md
     Bench(Passed),
     /// Open an interactive lab of nodes and pods
@@ -77,7 +78,7 @@ fn run(task: Task) -> Result<()> {
             Ok(())
         }
         Task::Demo(passed) => tasks::run(workspace, "hitless-lab", &["demo"], passed),
-        Task::Test(tests) => tasks::test(workspace, tests),
+        Task::Test(options) => suites::run(workspace, &options),
         Task::Bench(passed) => tasks::run(workspace, "hitless-bench", &[], passed),
         Task::Lab(passed) => tasks::lab(workspace, passed),
         Task::Check => tasks::check(workspace),

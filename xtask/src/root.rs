@@ -8,29 +8,24 @@ use crate::{section::describe, workspace::in_path};
 
 /// Replaces this process by `program`, as root.
 pub fn exec(program: &Path, args: impl IntoIterator<Item = impl AsRef<OsStr>>) -> Result<()> {
-    let mut command = as_root(program)?;
+    let mut command = command(program)?;
+    if !is_root() {
+        eprintln!("{} makes network namespaces and loads BPF programs: running it with sudo", program.display());
+    }
     command.args(args);
     // Ctrl-C reaches the program itself, which cleans up; nothing of xtask is left to do.
     let error = command.exec();
     Err(error).with_context(|| format!("cannot start {}", describe(&command)))
 }
 
-/// For cargo, which runs test binaries with it; nothing when this is root already.
-pub fn runner() -> Result<Option<&'static str>> {
-    Ok(if is_root() {
-        None
-    } else {
-        find_sudo()?;
-        Some("sudo --preserve-env")
-    })
-}
-
-fn as_root(program: &Path) -> Result<Command> {
+/// `program`, to be run as root.
+pub fn command(program: &Path) -> Result<Command> {
     if is_root() {
         return Ok(Command::new(program));
     }
-    find_sudo()?;
-    eprintln!("{} makes network namespaces and loads BPF programs: running it with sudo", program.display());
+    if in_path("sudo").is_none() {
+        bail!("this needs root, for network namespaces and BPF programs, and there is no sudo: run it as root");
+    }
     let mut command = Command::new("sudo");
     command.arg("--preserve-env").arg(program);
     Ok(command)
@@ -38,11 +33,4 @@ fn as_root(program: &Path) -> Result<Command> {
 
 pub fn is_root() -> bool {
     nix::unistd::geteuid().is_root()
-}
-
-fn find_sudo() -> Result<()> {
-    if in_path("sudo").is_none() {
-        bail!("this needs root, for network namespaces and BPF programs, and there is no sudo: run it as root");
-    }
-    Ok(())
 }

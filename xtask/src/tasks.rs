@@ -10,14 +10,10 @@ use anyhow::{Context as _, Result};
 use clap::{Args, ValueEnum};
 
 use crate::{
-    deps, ebpf, gate, root,
+    deps, ebpf, root,
     section::{section, status},
-    verify,
     workspace::{Workspace, cargo},
 };
-
-/// The package of the lab and its suites: everything else is tested without a lab.
-const LAB: &str = "hitless-tests";
 
 /// How to build what is run.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
@@ -40,18 +36,6 @@ pub struct Passed {
     args: Vec<OsString>,
 }
 
-/// Which tests.
-#[derive(Args, Clone, Copy, Debug)]
-#[group(multiple = false)]
-pub struct Tests {
-    /// Only what needs no root: pure logic, the 5.15 gate
-    #[arg(long)]
-    host: bool,
-    /// Only what needs root: the verifier, packets, the lab suites
-    #[arg(long)]
-    lab: bool,
-}
-
 /// Formatting, lints, dependencies.
 pub fn check(workspace: &Workspace) -> Result<()> {
     section("formatting", || status(here(workspace).args(["fmt", "--all", "--check"])))?;
@@ -60,29 +44,6 @@ pub fn check(workspace: &Workspace) -> Result<()> {
     section("clippy", || {
         status(here(workspace).args(["clippy", "--workspace", "--all-targets", "--locked", "--", "-D", "warnings"]))
     })
-}
-
-/// Every test, from the quickest to the slowest.
-pub fn test(workspace: &Workspace, tests: Tests) -> Result<()> {
-    let object = section("BPF object", || ebpf::build(workspace, false))?;
-    if !tests.lab {
-        section("5.15 gate", || gate::run(&object))?;
-        section("host tests", || status(here(workspace).args(["test", "--workspace", "--locked", "--exclude", LAB])))?;
-    }
-    if !tests.host {
-        section("verified instructions", || verify::run(workspace, false))?;
-        section("packet tests and lab suites", || {
-            let mut command = here(workspace);
-            command.args(["test", "--package", LAB, "--locked"]);
-            // Suites share the node's cgroup root, pins and addresses: one at a time.
-            command.args(["--", "--test-threads=1"]);
-            if let Some(runner) = root::runner()? {
-                command.args(["--config", &format!("target.'cfg(all())'.runner = '{runner}'")]);
-            }
-            status(&mut command)
-        })?;
-    }
-    Ok(())
 }
 
 /// Builds the agent and the lab's programs, then becomes `program`, as root.
@@ -104,12 +65,8 @@ fn build(workspace: &Workspace, profile: Profile) -> Result<PathBuf> {
         Profile::Release => ("release", "release"),
         Profile::Dev => ("dev", "debug"),
     };
-    status(here(workspace).args(["build", "--locked", "--profile", name, "--bins"]).args([
-        "--package",
-        "dataplane-user",
-        "--package",
-        LAB,
-    ]))?;
+    let packages = ["--package", "dataplane-user", "--package", "hitless-tests"];
+    status(here(workspace).args(["build", "--locked", "--profile", name, "--bins"]).args(packages))?;
     Ok(workspace.target.join(directory))
 }
 

@@ -8,7 +8,7 @@ use anyhow::{Context as _, Result, bail, ensure};
 use aya::{EbpfLoader, VerifierLogLevel, programs::Program};
 use dataplane_ebpf::offsets::OFFSETS;
 
-use crate::{root, workspace::Workspace};
+use crate::{root, section::status, workspace::Workspace};
 
 /// Growth beyond this fails.
 const MARGIN_PERCENT: u32 = 10;
@@ -25,7 +25,8 @@ length. The limit is 1,000,000. `cargo xtask verify` loads the programs and fail
 /// Loads every program of the object on the running kernel; compares, or writes the table when `update`.
 pub fn run(workspace: &Workspace, update: bool) -> Result<()> {
     if !root::is_root() {
-        return root::exec(&std::env::current_exe()?, if update { vec!["verify", "--update"] } else { vec!["verify"] });
+        let args: &[&str] = if update { &["verify", "--update"] } else { &["verify"] };
+        return status(root::command(&std::env::current_exe()?)?.args(args));
     }
     let counts = load(&fs::read(workspace.object()).context("no BPF object: run `cargo xtask build-ebpf` first")?)?;
     let table = table(workspace);
