@@ -229,7 +229,8 @@ impl Enroller {
         }
     }
 
-    fn recheck(&mut self, pod: PodId) {
+    /// Has the worker look at a pod again.
+    pub fn recheck(&mut self, pod: PodId) {
         if let Some(state) = self.pods.get(&pod) {
             let job = Job::Attach { enrollment: state.enrollment.clone(), round: state.round };
             self.checking += 1;
