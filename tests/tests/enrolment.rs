@@ -226,7 +226,9 @@ fn a_pod_is_attached_to_its_listeners_are_known_and_nothing_stays_when_it_leaves
         }
         other => panic!("{other:?}"),
     }
+    assert!(notice(&mut opened).is_none());
     assert_eq!(opened.kernel.enrolled().len(), 1);
+    assert!(scratch.pins("tc") > 0, "what was attached stays attached");
     assert!(pod.reaches_the_service(&scratch));
     // Two listeners on one port are possible (SO_REUSEPORT); here the count must tell that the one
     // older than the agent is the last.
