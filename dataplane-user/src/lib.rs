@@ -1,6 +1,5 @@
 //! The hitless agent: sources, registry, and the one writer of the kernel's maps.
 
-pub mod admin;
 pub mod doctor;
 pub mod kernel;
 pub mod model;

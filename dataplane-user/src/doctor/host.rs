@@ -100,9 +100,10 @@ fn effective(status: &str) -> Option<u64> {
 /// CAP_SYS_ADMIN stands for CAP_BPF and CAP_PERFMON, as it did before they were (5.8).
 fn missing(effective: u64) -> Vec<(&'static str, &'static str)> {
     let has = |bit: u32| effective & (1 << bit) != 0;
+    let stands_for = |name| has(SYS_ADMIN) && matches!(name, "CAP_BPF" | "CAP_PERFMON");
     CAPABILITIES
         .iter()
-        .filter(|(bit, name, _)| !has(*bit) && !(has(SYS_ADMIN) && matches!(*name, "CAP_BPF" | "CAP_PERFMON")))
+        .filter(|(bit, name, _)| !has(*bit) && !stands_for(*name))
         .map(|(_, name, why)| (*name, *why))
         .collect()
 }

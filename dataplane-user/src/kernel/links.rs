@@ -54,7 +54,8 @@ pub fn attach_all(programs: &Programs, cgroup: &Path, links: &Path) -> Result<Ve
     let mut done = Vec::new();
     for (name, hook) in HOOKS {
         let Some(program) = programs.get(name) else {
-            return Err(Error::Missing { what: format!("program {name}") });
+            tracing::warn!(program = name, "not in the BPF object");
+            continue;
         };
         let pin = links.join(name);
         let attached = match hook {

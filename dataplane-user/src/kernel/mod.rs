@@ -11,6 +11,7 @@
 pub mod object;
 
 pub(crate) mod btf;
+pub mod canary;
 mod enroll;
 mod error;
 mod events;
@@ -219,12 +220,6 @@ impl Kernel {
         self.enroll.complete(outcome)
     }
 
-    /// Counts a pod's listeners again; for when one came or went: events of several at once may have
-    /// been counted wrong.
-    pub fn recount(&mut self, pod: PodId) {
-        self.enroll.recheck(pod);
-    }
-
     /// Looks after what others may have removed: links of the cgroup (it may have been made anew) at
     /// once, interfaces and tc filters on the enroller's thread. Call it every few seconds.
     pub fn check(&mut self) -> Result<Vec<(&'static str, Attached)>, Error> {
@@ -269,6 +264,11 @@ impl Kernel {
     /// The pods that are enrolled now, by identifier, with their network namespace's cookie.
     pub fn enrolled(&self) -> BTreeMap<PodId, u64> {
         self.enroll.enrolled()
+    }
+
+    /// How many numbers services and backends have.
+    pub fn numbers(&self) -> (u32, u32) {
+        (self.maps.services.entries(), self.maps.backends.entries())
     }
 
     pub fn cgroup(&self) -> &Path {

@@ -13,15 +13,23 @@ use dataplane_ebpf::{
 };
 use serde::Serialize;
 
-use super::{Config, Occupancy, error::Error, interfaces, links, maps::Maps, pins, sys};
+use super::{Config, Occupancy, canary, error::Error, interfaces, links, maps::Maps, pins, sys};
 use crate::registry::Seed;
 
-/// All that is in the state maps, as far as the registry needs it.
+/// All that is in the state maps, as far as the registry needs it: without what a canary left.
 pub fn seed(maps: &Maps) -> Result<Seed, Error> {
-    let services = (1..maps.services.entries()).filter_map(|id| maps.services.get(id)).filter(|s| s.id != 0).collect();
-    let mut seed =
-        Seed { frontends: maps.frontends.entries()?, services, slots: maps.slots.entries()?, ..Seed::default() };
-    for id in 1..maps.health.entries() {
+    let (services, backends) = (maps.services.entries(), maps.backends.entries());
+    let (first_service, first_backend) = canary::World::new(services, backends)
+        .map_or((services, backends), |world| (world.first_service, world.first_backend));
+    let mut seed = Seed {
+        frontends: maps.frontends.entries()?,
+        services: (1..first_service).filter_map(|id| maps.services.get(id)).filter(|s| s.id != 0).collect(),
+        slots: maps.slots.entries()?,
+        ..Seed::default()
+    };
+    seed.frontends.retain(|(_, frontend)| frontend.service < first_service);
+    seed.slots.retain(|(key, _)| key.service < first_service);
+    for id in 1..first_backend {
         let health = Health(maps.health.word(id).map_or(0, |word| word.load(std::sync::atomic::Ordering::Relaxed)));
         if health.state() != health::State::Gone {
             seed.backends.push((id, maps.backends.get(id).unwrap_or_default(), health));
@@ -29,7 +37,8 @@ pub fn seed(maps: &Maps) -> Result<Seed, Error> {
             seed.retired.push((id, health.generation()));
         }
     }
-    seed.last_pod = maps.pods.entries::<u64, Pod>()?.iter().map(|(_, pod)| pod.pod).max().unwrap_or(0);
+    let pods = maps.pods.entries::<u64, Pod>()?.into_iter().map(|(_, pod)| pod.pod);
+    seed.last_pod = pods.filter(|pod| *pod < canary::SERVER_POD).max().unwrap_or(0);
     Ok(seed)
 }
 
