@@ -1,5 +1,6 @@
 //! The hitless agent: sources, registry, and the one writer of the kernel's maps.
 
+pub mod admin;
 pub mod doctor;
 pub mod kernel;
 pub mod model;

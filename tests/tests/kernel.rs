@@ -205,7 +205,7 @@ fn uninstall_leaves_nothing() {
     assert!(!scratch.config().root().exists());
     assert!(kernel::snapshot(&scratch.config()).expect("readable").is_none());
     assert_eq!(kernel::uninstall(&scratch.config()).expect("nothing to do"), kernel::Removed::default());
-    assert_eq!(attached_to(&scratch.cgroup), "[]", "still attached to the cgroup");
+    assert!(!attached_to(&scratch.cgroup).contains("hitless"), "still attached to the cgroup");
 }
 
 #[test]
@@ -219,7 +219,7 @@ fn a_cgroup_that_was_made_anew_is_attached_to_again() {
     std::fs::create_dir(&scratch.cgroup).expect("made");
     let attached = opened.kernel.check().expect("attaches");
     assert!(attached.iter().any(|(name, how)| *name == "hitless_connect4" && *how == kernel::Attached::New));
-    assert_ne!(attached_to(&scratch.cgroup), "[]");
+    assert!(attached_to(&scratch.cgroup).contains("hitless_connect4"));
 }
 
 /// bpftool's word on what is attached to a cgroup.

@@ -113,6 +113,12 @@ pub struct Enroller {
     next_check: PodId,
     /// Jobs of checks that are still under way.
     checking: usize,
+    /// Namespaces that an agent before was attached to and that no pod has claimed yet.
+    inherited: BTreeSet<u64>,
+    /// Everything from before activation was tried: what nobody claimed may go.
+    prune: bool,
+    /// How many [`Job::Detach`] of a namespace are under way.
+    detaching: BTreeMap<u64, usize>,
 }
 
 impl Enroller {
@@ -141,6 +147,9 @@ impl Enroller {
             watching_links: false,
             next_check: 0,
             checking: 0,
+            inherited: BTreeSet::new(),
+            prune: false,
+            detaching: BTreeMap::new(),
         };
         Ok((enroller, results))
     }
@@ -209,6 +218,10 @@ impl Enroller {
     }
 
     pub fn activate(&mut self) {
+        let pods = self.maps.pods.entries::<u64, Pod>().unwrap_or_default();
+        self.inherited = pods.into_iter().map(|(cookie, _)| cookie).collect();
+        let pins = snapshot::pinned(&self.links).unwrap_or_default();
+        self.inherited.extend(pins.iter().filter_map(|pin| super::interfaces::cookie_of(pin)));
         for job in self.waiting.take().unwrap_or_default() {
             self.send(job);
         }
@@ -229,7 +242,8 @@ impl Enroller {
         }
     }
 
-    fn recheck(&mut self, pod: PodId) {
+    /// Has the worker look at a pod again.
+    pub fn recheck(&mut self, pod: PodId) {
         if let Some(state) = self.pods.get(&pod) {
             let job = Job::Attach { enrollment: state.enrollment.clone(), round: state.round };
             self.checking += 1;
@@ -241,9 +255,14 @@ impl Enroller {
         match outcome.0 {
             Done::Attached { pod, round, result } => {
                 self.checking = self.checking.saturating_sub(1);
-                self.attached(pod, round, result).into_iter().collect()
+                let mut notices: Vec<_> = self.attached(pod, round, result).into_iter().collect();
+                notices.extend(self.prune());
+                notices
             }
-            Done::Reached => self.prune(),
+            Done::Reached => {
+                self.prune = true;
+                self.prune()
+            }
             Done::LinksChanged => {
                 let host = self.pods.values().find(|state| state.enrollment.netns == Netns::Host);
                 if let Some(pod) = host.map(|state| state.enrollment.pod) {
@@ -251,10 +270,18 @@ impl Enroller {
                 }
                 Vec::new()
             }
-            Done::Detached { cookie, result } => match result {
-                Ok(()) => Vec::new(),
-                Err(error) => vec![Notice::DetachFailed { cookie, error }],
-            },
+            Done::Detached { cookie, result } => {
+                if let Some(under_way) = self.detaching.get_mut(&cookie) {
+                    *under_way -= 1;
+                    if *under_way == 0 {
+                        self.detaching.remove(&cookie);
+                    }
+                }
+                match result {
+                    Ok(()) => Vec::new(),
+                    Err(error) => vec![Notice::DetachFailed { cookie, error }],
+                }
+            }
         }
     }
 
@@ -267,7 +294,7 @@ impl Enroller {
             if let Ok(attachment) = result
                 && self.pods.values().all(|state| state.cookie != Some(attachment.cookie))
             {
-                self.send(Job::Detach { cookie: attachment.cookie, path: None });
+                self.detach(attachment.cookie, None);
             }
             return None;
         }
@@ -278,6 +305,12 @@ impl Enroller {
                 return (!told).then_some(Notice::Failed { pod, name, error });
             }
         };
+        // A job that detaches from this very namespace came after this one: attach once more.
+        if self.detaching.contains_key(&attachment.cookie) {
+            let job = Job::Attach { enrollment: state.enrollment.clone(), round };
+            self.checking += 1;
+            drop(self.jobs.send(job));
+        }
         let first = !std::mem::replace(&mut state.attached, true) || std::mem::take(&mut state.failing);
         let before = state.cookie.replace(attachment.cookie);
         let moved = before.is_some_and(|before| before != attachment.cookie);
@@ -298,15 +331,16 @@ impl Enroller {
         (!attachment.repaired.is_empty()).then_some(Notice::Repaired { pod, name, interfaces: attachment.repaired })
     }
 
-    /// Lets go of the namespaces that an agent before left and that nobody claimed.
+    /// Lets go of the namespaces that an agent before left and that nobody claimed; but not while a
+    /// pod's namespace is still being looked at: it may be one of them.
     fn prune(&mut self) -> Vec<Notice> {
+        if !self.prune || self.pods.values().any(|state| !state.attached && !state.failing) {
+            return Vec::new();
+        }
+        self.prune = false;
         let claimed: BTreeSet<u64> = self.pods.values().filter_map(|state| state.cookie).collect();
-        let mut left: BTreeSet<u64> =
-            self.maps.pods.entries::<u64, Pod>().unwrap_or_default().into_iter().map(|(cookie, _)| cookie).collect();
-        let pins = snapshot::pinned(&self.links).unwrap_or_default();
-        left.extend(pins.iter().filter_map(|pin| super::interfaces::cookie_of(pin)));
         let mut notices = Vec::new();
-        for cookie in left.difference(&claimed) {
+        for cookie in std::mem::take(&mut self.inherited).difference(&claimed) {
             if let Err(error) = self.forget(*cookie, None) {
                 notices.push(Notice::DetachFailed { cookie: *cookie, error });
             }
@@ -330,16 +364,20 @@ impl Enroller {
     }
 
     /// A pod left that namespace: the programs let go of it at once, its interfaces follow.
-    fn forget(&self, cookie: u64, path: Option<PathBuf>) -> Result<(), Error> {
+    fn forget(&mut self, cookie: u64, path: Option<PathBuf>) -> Result<(), Error> {
         let written = self.publish(cookie);
         if self.pods.values().all(|state| state.cookie != Some(cookie)) {
-            let job = Job::Detach { cookie, path };
-            // Before activation there is nothing of ours to detach; `prune` finds what is left.
+            // Before activation there is nothing of ours to detach; what was inherited goes by `prune`.
             if self.waiting.is_none() {
-                let _ = self.jobs.send(job);
+                self.detach(cookie, path);
             }
         }
         written
+    }
+
+    fn detach(&mut self, cookie: u64, path: Option<PathBuf>) {
+        *self.detaching.entry(cookie).or_default() += 1;
+        self.send(Job::Detach { cookie, path });
     }
 
     fn send(&mut self, job: Job) {

@@ -54,8 +54,7 @@ pub fn attach_all(programs: &Programs, cgroup: &Path, links: &Path) -> Result<Ve
     let mut done = Vec::new();
     for (name, hook) in HOOKS {
         let Some(program) = programs.get(name) else {
-            tracing::warn!(program = name, "not in the BPF object");
-            continue;
+            return Err(Error::Missing { what: format!("program {name}") });
         };
         let pin = links.join(name);
         let attached = match hook {

@@ -220,6 +220,12 @@ impl Kernel {
         self.enroll.complete(outcome)
     }
 
+    /// Counts a pod's listeners again; for when one came or went: events of several at once may have
+    /// been counted wrong.
+    pub fn recount(&mut self, pod: PodId) {
+        self.enroll.recheck(pod);
+    }
+
     /// Looks after what others may have removed: links of the cgroup (it may have been made anew) at
     /// once, interfaces and tc filters on the enroller's thread. Call it every few seconds.
     pub fn check(&mut self) -> Result<Vec<(&'static str, Attached)>, Error> {

@@ -1,0 +1,381 @@
+//! Requests and answers of the admin socket, and what `--output json` prints.
+
+use std::{collections::BTreeMap, net::SocketAddr};
+
+use dataplane_ebpf::{
+    abi::{
+        CAUSE_COLLISION, CAUSE_ICMP, CAUSE_RST, CAUSE_SILENT, EVENT_EXHAUSTED, EVENT_LISTENER_CLOSED,
+        EVENT_LISTENER_OPENED, EVENT_REBOUND, EVENT_RECOVERED, EVENT_REFUSED, EVENT_STOP_SIGNAL, EVENT_SUSPECTED,
+        EVENT_TIMED_OUT, EVENT_UNREACHABLE, Event, LAYER_CHOOSE, LAYER_KNOW, LAYER_REBIND, Stat,
+    },
+    health::{Health, State, TICK_SHIFT, ticks},
+};
+use serde::{Deserialize, Serialize};
+
+use crate::{
+    kernel::{LinkState, Occupancy},
+    registry::view::{Counts, Row},
+};
+
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(tag = "request", rename_all = "camelCase")]
+pub enum Request {
+    Status,
+    Endpoints { service: Option<String> },
+    Events { follow: bool },
+}
+
+/// The answer to a request that could not be served.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Refusal {
+    pub error: String,
+}
+
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase", default)]
+pub struct Status {
+    /// `None`: no agent runs; the rest is read from the pins.
+    pub agent: Option<Agent>,
+    /// Every hook was proved and the first state is in force.
+    pub ready: bool,
+    /// What is missing, when it is not.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub waiting_for: Option<String>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub source: Option<Source>,
+    pub kernel: KernelSide,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub objects: Option<Objects>,
+    /// The pods of this node that are enrolled, or should be.
+    pub pods: Vec<PodRow>,
+    /// Since the maps were made.
+    pub counters: BTreeMap<String, u64>,
+    /// What the canary proved of each hook.
+    pub hooks: Vec<Hook>,
+}
+
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct Agent {
+    pub pid: u32,
+    pub version: String,
+    pub up_seconds: u64,
+    /// It took over maps that were pinned before it.
+    pub adopted: bool,
+}
+
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase", default)]
+pub struct Source {
+    /// `file:PATH` or `stream:PATH`.
+    pub name: String,
+    /// Since the state in force was last confirmed or changed; `None`: nothing was heard yet.
+    pub age_seconds: Option<u64>,
+    /// Why the newest word of it was refused: the last good state is in force.
+    pub error: Option<String>,
+    /// Objects that were skipped, and why.
+    pub problems: Vec<String>,
+}
+
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase", default)]
+pub struct KernelSide {
+    pub cgroup: String,
+    pub layout: String,
+    pub layers: Vec<String>,
+    pub links: Vec<Link>,
+    pub maps: Vec<Map>,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct Link {
+    pub name: String,
+    pub attached: bool,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct Map {
+    pub name: String,
+    pub used: u32,
+    pub size: u32,
+}
+
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct Objects {
+    pub services: usize,
+    pub frontends: usize,
+    pub backends: usize,
+    pub slots: usize,
+    pub pods: usize,
+    pub local_pods: usize,
+    pub nodes: usize,
+    /// Backends whose service is not known (yet).
+    pub waiting: usize,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct PodRow {
+    pub name: String,
+    pub enrolled: bool,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub netns_cookie: Option<u64>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub error: Option<String>,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct Hook {
+    pub hook: String,
+    pub ok: bool,
+    pub seen: String,
+}
+
+/// One backend of one service.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct EndpointRow {
+    /// namespace/name, and the port's name.
+    pub service: String,
+    pub protocol: String,
+    pub frontends: Vec<SocketAddr>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub backend: Option<BackendRow>,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct BackendRow {
+    pub id: u32,
+    pub generation: u32,
+    pub address: SocketAddr,
+    /// `ready`, `terminating`, or `none` when it is in no slot.
+    pub section: String,
+    pub weight: u16,
+    /// What the control plane says.
+    pub control: String,
+    /// What the kernel knows right now: `ready`, `draining`, `refusing`, `gone`.
+    pub kernel: String,
+    /// How long it is still suspect; 0: it waits for a probe.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub suspect_ms: Option<u64>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub pod: Option<String>,
+    pub local: bool,
+}
+
+/// One record of the kernel, with names.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase", default)]
+pub struct EventRow {
+    /// `CLOCK_MONOTONIC`, ns.
+    pub at_ns: u64,
+    /// `rebound`, `refused`, `stopSignal`, …
+    pub event: String,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub pod: Option<String>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub service: Option<String>,
+    /// What it is about; of a rebind, what was left.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub backend: Option<String>,
+    /// Of a rebind: where the connection went.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub to: Option<String>,
+    /// Of a rebind: `rst`, `icmp`, `silent`, `collision`.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub cause: Option<String>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub signal: Option<u32>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub errno: Option<u32>,
+    /// Since `connect()`.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub after_ns: Option<u32>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub port: Option<u16>,
+}
+
+/// Names for the numbers in an event.
+pub trait Names {
+    fn pod(&self, id: u32) -> Option<String>;
+    fn service(&self, id: u32) -> Option<String>;
+    fn backend(&self, id: u32) -> Option<String>;
+}
+
+impl EventRow {
+    pub fn new(event: &Event, names: &impl Names) -> Self {
+        let known = |id: u32, name: Option<String>| (id != 0).then(|| name.unwrap_or_else(|| format!("#{id}")));
+        let mut row = Self {
+            at_ns: event.at_ns,
+            event: event_name(event.kind).into(),
+            pod: known(event.pod, names.pod(event.pod)),
+            service: known(event.service, names.service(event.service)),
+            backend: known(event.backend, names.backend(event.backend)),
+            ..Self::default()
+        };
+        match event.kind {
+            EVENT_REBOUND => {
+                row.to = known(event.detail, names.backend(event.detail));
+                row.cause = Some(cause_name(event.extra).into());
+            }
+            EVENT_STOP_SIGNAL => row.signal = Some(event.detail),
+            EVENT_LISTENER_OPENED | EVENT_LISTENER_CLOSED => row.port = Some(u16::from_be(event.port_be)),
+            EVENT_REFUSED | EVENT_TIMED_OUT | EVENT_UNREACHABLE => {
+                row.errno = Some(event.detail);
+                row.after_ns = Some(event.extra);
+            }
+            _ => {}
+        }
+        row
+    }
+}
+
+fn event_name(kind: u32) -> &'static str {
+    match kind {
+        EVENT_REFUSED => "refused",
+        EVENT_TIMED_OUT => "timedOut",
+        EVENT_UNREACHABLE => "unreachable",
+        EVENT_REBOUND => "rebound",
+        EVENT_EXHAUSTED => "exhausted",
+        EVENT_LISTENER_OPENED => "listenerOpened",
+        EVENT_LISTENER_CLOSED => "listenerClosed",
+        EVENT_STOP_SIGNAL => "stopSignal",
+        EVENT_SUSPECTED => "suspected",
+        EVENT_RECOVERED => "recovered",
+        _ => "unknown",
+    }
+}
+
+fn cause_name(cause: u32) -> &'static str {
+    match cause {
+        CAUSE_RST => "rst",
+        CAUSE_ICMP => "icmp",
+        CAUSE_SILENT => "silent",
+        CAUSE_COLLISION => "collision",
+        _ => "unknown",
+    }
+}
+
+/// The layers' names, in order.
+pub fn layer_names(layers: u32) -> Vec<String> {
+    let all = [("l1", LAYER_KNOW), ("l2", LAYER_CHOOSE), ("l3", LAYER_REBIND)];
+    all.iter().filter(|(_, bit)| layers & bit != 0).map(|(name, _)| (*name).to_owned()).collect()
+}
+
+/// Counters by their names.
+pub fn counters(stats: &[(Stat, u64)]) -> BTreeMap<String, u64> {
+    stats.iter().map(|(stat, count)| (stat.name().to_owned(), *count)).collect()
+}
+
+impl EndpointRow {
+    /// A row of the registry, with what the kernel knows of its backend at `now_ns`.
+    pub fn new(row: Row, health: impl Fn(u32) -> Health, now_ns: u64) -> Self {
+        let colon = if row.port.is_empty() { "" } else { ":" };
+        let backend = row.backend.map(|backend| {
+            let word = health(backend.id);
+            BackendRow {
+                id: backend.id,
+                generation: backend.generation,
+                address: backend.address,
+                section: backend.section.unwrap_or("none").into(),
+                weight: backend.weight,
+                control: backend.control.into(),
+                kernel: state_name(word.state()).into(),
+                suspect_ms: suspect_ms(word, now_ns),
+                pod: backend.pod.map(|name| name.to_string()),
+                local: backend.local,
+            }
+        });
+        Self {
+            service: format!("{}{colon}{}", row.service, row.port),
+            protocol: format!("{:?}", row.protocol).to_uppercase(),
+            frontends: row.frontends,
+            backend,
+        }
+    }
+}
+
+pub fn state_name(state: State) -> &'static str {
+    match state {
+        State::Gone => "gone",
+        State::Ready => "ready",
+        State::Draining => "draining",
+        State::Refusing => "refusing",
+    }
+}
+
+/// How long a suspicion still lasts; `None`: there is none.
+pub fn suspect_ms(word: Health, now_ns: u64) -> Option<u64> {
+    (word.level() > 0).then(|| {
+        let left = word.until().wrapping_sub(ticks(now_ns)) as i32;
+        ((left.max(0) as u64) << TICK_SHIFT) / 1_000_000
+    })
+}
+
+impl From<Counts> for Objects {
+    fn from(counts: Counts) -> Self {
+        let Counts { services, frontends, backends, slots, pods, local_pods, nodes, waiting } = counts;
+        Self { services, frontends, backends, slots, pods, local_pods, nodes, waiting }
+    }
+}
+
+impl From<&LinkState> for Link {
+    fn from(link: &LinkState) -> Self {
+        Self { name: link.name.clone(), attached: link.attached }
+    }
+}
+
+impl From<Occupancy> for Map {
+    fn from(map: Occupancy) -> Self {
+        Self { name: map.map.to_owned(), used: map.used, size: map.size }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use dataplane_ebpf::health::Input;
+
+    use super::*;
+
+    struct Numbers;
+
+    impl Names for Numbers {
+        fn pod(&self, _: u32) -> Option<String> {
+            None
+        }
+
+        fn service(&self, id: u32) -> Option<String> {
+            Some(format!("shop/web-{id}"))
+        }
+
+        fn backend(&self, id: u32) -> Option<String> {
+            (id == 3).then(|| "10.0.0.3:80".into())
+        }
+    }
+
+    #[test]
+    fn an_event_goes_by_names_and_a_removed_object_by_its_number() {
+        let event =
+            Event { kind: EVENT_REBOUND, service: 1, backend: 2, detail: 3, extra: CAUSE_RST, ..Event::default() };
+        let row = EventRow::new(&event, &Numbers);
+        assert_eq!(
+            serde_json::to_value(&row).unwrap(),
+            serde_json::json!({"atNs": 0, "event": "rebound", "service": "shop/web-1", "backend": "#2", "to": "10.0.0.3:80", "cause": "rst"})
+        );
+    }
+
+    #[test]
+    fn a_suspicion_says_how_long_it_lasts_and_then_that_it_waits_for_a_probe() {
+        let now = 1000 << TICK_SHIFT;
+        let word = Health::new(State::Ready, 1);
+        assert_eq!(suspect_ms(word, now), None);
+        let word = word.after(Input::Failed { now: 1000, first: 60, max_level: 5 });
+        assert_eq!(suspect_ms(word, now), Some(1006));
+        assert_eq!(suspect_ms(word, now * 2), Some(0));
+    }
+}

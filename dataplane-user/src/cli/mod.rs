@@ -1,0 +1,235 @@
+//! The command line: `hitless run` and what looks after it.
+
+mod doctor;
+mod endpoints;
+mod events;
+mod status;
+mod table;
+
+use std::{io::Write, path::PathBuf, process::ExitCode};
+
+use anyhow::Context;
+use clap::{Args, CommandFactory, Parser, Subcommand, ValueEnum};
+use serde::Serialize;
+
+use crate::{
+    config::{Options, Place},
+    kernel,
+};
+
+/// Rolling updates that lose no connection: the node dataplane.
+#[derive(Debug, Parser)]
+#[command(
+    name = "hitless",
+    version,
+    arg_required_else_help = true,
+    after_help = "Start with `hitless doctor`: it says what this machine lacks. Every command needs root.",
+    long_about = "hitless keeps rolling updates from losing connections. eBPF programs on this node send connections to \
+                  a service to a live backend, and move one that is refused or unanswered to another backend while the \
+                  application still waits for its connect(). The agent (`hitless run`) tells them what services and \
+                  backends there are; without it they go on with what they were told last."
+)]
+struct Cli {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Debug, Subcommand)]
+enum Command {
+    /// Run the agent in the foreground
+    #[command(after_help = RUN_HELP)]
+    Run(RunArgs),
+    /// Is it ready, is the kernel path in force, what did it count
+    #[command(
+        after_help = "Works without an agent too: then it reads what is pinned.\n\
+                      Exit status: 0 ready; 1 an agent runs and is not ready; 2 nothing is installed; 3 no agent, kernel path in force."
+    )]
+    Status(LookArgs),
+    /// Every backend of every service: what the control plane says, what the kernel knows
+    #[command(after_help = "Example: hitless endpoints shop/web")]
+    Endpoints {
+        /// Only this service (namespace/name)
+        service: Option<String>,
+        #[command(flatten)]
+        look: LookArgs,
+    },
+    /// What happened lately: refused, rebound, stop signals, listeners, suspects
+    #[command(after_help = "Example: hitless events --follow   (during a rollout)")]
+    Events {
+        /// Go on with what happens from now on, until Ctrl-C
+        #[arg(short, long)]
+        follow: bool,
+        #[command(flatten)]
+        look: LookArgs,
+    },
+    /// Check this machine: kernel, BTF, cgroup2, bpffs, capabilities, limits; each lack with its remedy
+    #[command(after_help = "Exit status: 0 hitless works here; 1 it does not.")]
+    Doctor(LookArgs),
+    /// Remove all that hitless made on this node (programs, maps, pins, filters), and nothing else
+    #[command(after_help = "Refused while an agent of this name runs: stop it first.")]
+    Uninstall(LookArgs),
+    /// Print a shell completion script
+    Completions { shell: clap_complete::Shell },
+    /// The child of the agent that proves the hooks.
+    #[command(hide = true)]
+    Canary,
+}
+
+const RUN_HELP: &str = "\
+Examples:
+  hitless run --source file:/etc/hitless/services.yaml
+  hitless run --config /etc/hitless/config.yaml --layers l2,l3
+  hitless run --source stream:/run/hitless/source.sock --ready-file /run/hitless/ready
+
+A flag wins over its environment variable, that over the configuration file. The file has the same names:
+  source: file:/etc/hitless/services.yaml
+  layers: l1,l2,l3
+SIGTERM stops the agent; the kernel path goes on (--on-exit uninstall removes it). SIGHUP reads the source again.";
+
+#[derive(Args, Debug)]
+struct RunArgs {
+    /// Configuration file (YAML); its keys are the flags' names
+    #[arg(short, long, env = "HITLESS_CONFIG", value_name = "FILE")]
+    config: Option<PathBuf>,
+    #[command(flatten)]
+    options: Options,
+    /// How the last word is printed: with json, the reason of a failure is an object
+    #[arg(short, long, value_enum, default_value_t, value_name = "FORMAT")]
+    output: Output,
+}
+
+/// What the commands that look at an agent share.
+#[derive(Args, Debug)]
+struct LookArgs {
+    /// Configuration file that the agent was given, for the places below
+    #[arg(short, long, env = "HITLESS_CONFIG", value_name = "FILE")]
+    config: Option<PathBuf>,
+    #[command(flatten)]
+    place: Place,
+    #[arg(short, long, value_enum, default_value_t, value_name = "FORMAT", help = "table for people, json for programs")]
+    output: Output,
+}
+
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, ValueEnum)]
+enum Output {
+    #[default]
+    Table,
+    Json,
+}
+
+impl LookArgs {
+    fn place(&self) -> anyhow::Result<Place> {
+        Ok(match &self.config {
+            Some(path) => self.place.clone().over(Options::read(path)?.place),
+            None => self.place.clone(),
+        })
+    }
+
+    fn socket(&self) -> anyhow::Result<PathBuf> {
+        Ok(crate::admin::socket(&self.place()?.state_dir()))
+    }
+
+    fn kernel(&self) -> anyhow::Result<kernel::Config> {
+        Ok(self.place()?.kernel())
+    }
+}
+
+/// Runs the command that the arguments name.
+pub fn main() -> ExitCode {
+    let cli = Cli::parse();
+    let output = match &cli.command {
+        Command::Run(args) => args.output,
+        Command::Status(look)
+        | Command::Endpoints { look, .. }
+        | Command::Events { look, .. }
+        | Command::Doctor(look)
+        | Command::Uninstall(look) => look.output,
+        Command::Completions { .. } | Command::Canary => Output::Table,
+    };
+    match run(cli.command) {
+        Ok(code) => code,
+        // Whoever read our output has left: `hitless events | head`.
+        Err(error) if is_broken_pipe(&error) => ExitCode::SUCCESS,
+        Err(error) => {
+            match output {
+                Output::Table => eprintln!("hitless: {error:#}"),
+                Output::Json => println!("{}", serde_json::json!({ "error": format!("{error:#}") })),
+            }
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn run(command: Command) -> anyhow::Result<ExitCode> {
+    match command {
+        Command::Run(args) => {
+            let file = args.config.as_deref().map(Options::read).transpose()?.unwrap_or_default();
+            crate::agent::run(args.options.over(file).resolve()?).map(|()| ExitCode::SUCCESS)
+        }
+        Command::Status(look) => status::run(&look),
+        Command::Endpoints { service, look } => endpoints::run(service, &look),
+        Command::Events { follow, look } => events::run(follow, &look),
+        Command::Doctor(look) => doctor::run(&look),
+        Command::Uninstall(look) => uninstall(&look),
+        Command::Completions { shell } => {
+            clap_complete::generate(shell, &mut Cli::command(), "hitless", &mut std::io::stdout());
+            Ok(ExitCode::SUCCESS)
+        }
+        Command::Canary => kernel::canary::child().map(|()| ExitCode::SUCCESS),
+    }
+}
+
+fn uninstall(look: &LookArgs) -> anyhow::Result<ExitCode> {
+    let config = look.kernel()?;
+    let removed = kernel::uninstall(&config).with_context(|| format!("uninstall {}", config.root().display()))?;
+    match look.output {
+        Output::Json => json(&removed)?,
+        Output::Table => match &removed.directory {
+            None => print(&format!("nothing is installed at {}\n", config.root().display()))?,
+            Some(directory) => print(&format!(
+                "removed {} links, {} hooks on interfaces, and {}\n",
+                removed.links,
+                removed.interface_hooks,
+                directory.display()
+            ))?,
+        },
+    }
+    Ok(ExitCode::SUCCESS)
+}
+
+/// Prints one JSON document.
+fn json(value: &impl Serialize) -> anyhow::Result<()> {
+    let mut text = serde_json::to_string_pretty(value)?;
+    text.push('\n');
+    print(&text)
+}
+
+/// `print!` without its panic when the reader has left.
+fn print(text: &str) -> anyhow::Result<()> {
+    let mut out = std::io::stdout().lock();
+    out.write_all(text.as_bytes())?;
+    out.flush()?;
+    Ok(())
+}
+
+fn is_broken_pipe(error: &anyhow::Error) -> bool {
+    error.downcast_ref::<std::io::Error>().is_some_and(|error| error.kind() == std::io::ErrorKind::BrokenPipe)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_arguments_are_consistent() {
+        Cli::command().debug_assert();
+    }
+
+    #[test]
+    fn every_command_takes_output_json() {
+        for command in ["status", "endpoints", "events", "doctor", "uninstall"] {
+            Cli::try_parse_from(["hitless", command, "--output", "json"]).unwrap();
+        }
+        Cli::try_parse_from(["hitless", "run", "--source", "file:/x", "--output", "json"]).unwrap();
+    }
+}
