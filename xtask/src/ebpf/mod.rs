@@ -52,14 +52,18 @@ pub fn build(workspace: &Workspace, log: bool) -> Result<PathBuf> {
 
 /// What the outer cargo, rustup or the user set for host builds must not reach the build for the BPF target.
 fn isolate(command: &mut Command) {
-    const KEEP: [&str; 6] = ["CARGO_HOME", "CARGO_NET_", "CARGO_HTTP_", "CARGO_REGISTR", "RUSTUP_HOME", "RUSTUP_AUTO"];
     for (name, _) in env::vars_os() {
-        let text = name.to_string_lossy();
-        let cargo = text.starts_with("CARGO") || text.starts_with("RUST") || text == "LD_LIBRARY_PATH";
-        if cargo && !KEEP.iter().any(|keep| text.starts_with(keep)) {
+        if leaks(&name.to_string_lossy()) {
             command.env_remove(&name);
         }
     }
+}
+
+/// Is it of a host build? What says where crates and toolchains are is not.
+fn leaks(name: &str) -> bool {
+    const KEEP: [&str; 6] = ["CARGO_HOME", "CARGO_NET_", "CARGO_HTTP_", "CARGO_REGISTR", "RUSTUP_HOME", "RUSTUP_AUTO"];
+    let host = name.starts_with("CARGO") || name.starts_with("RUST") || name == "LD_LIBRARY_PATH";
+    host && !KEEP.iter().any(|keep| name.starts_with(keep))
 }
 
 /// An unchanged object keeps its time stamp: nothing that embeds it is built again.
@@ -70,8 +74,38 @@ fn replace_if_different(built: &Path, object: &Path) -> Result<()> {
     }
     let dir = object.parent().context("the object has a directory")?;
     fs::create_dir_all(dir)?;
-    let mut file = tempfile::NamedTempFile::new_in(dir)?;
-    std::io::Write::write_all(&mut file, &new)?;
-    file.persist(object).with_context(|| format!("cannot write {}", object.display()))?;
-    Ok(())
+    // By rename: a build that is reading the old one reads it to its end.
+    let partial = object.with_extension("partial");
+    fs::write(&partial, &new)
+        .and_then(|()| fs::rename(&partial, object))
+        .with_context(|| format!("cannot write {}", object.display()))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn settings_of_host_builds_stay_out_and_places_stay_in() {
+        for name in ["RUSTFLAGS", "CARGO_ENCODED_RUSTFLAGS", "CARGO_TARGET_DIR", "RUSTC_WRAPPER", "RUSTUP_TOOLCHAIN"] {
+            assert!(leaks(name), "{name}");
+        }
+        for name in ["CARGO_HOME", "CARGO_HTTP_PROXY", "CARGO_REGISTRIES_CRATES_IO_PROTOCOL", "PATH", "HOME"] {
+            assert!(!leaks(name), "{name}");
+        }
+    }
+
+    #[test]
+    fn an_unchanged_object_keeps_its_time_stamp() {
+        let dir = tempfile::tempdir().unwrap();
+        let (built, object) = (dir.path().join("built"), dir.path().join("bpf/object"));
+        fs::write(&built, "one").unwrap();
+        replace_if_different(&built, &object).unwrap();
+        let old = fs::metadata(&object).unwrap().modified().unwrap();
+        replace_if_different(&built, &object).unwrap();
+        assert_eq!(fs::metadata(&object).unwrap().modified().unwrap(), old);
+        fs::write(&built, "two").unwrap();
+        replace_if_different(&built, &object).unwrap();
+        assert_eq!(fs::read_to_string(&object).unwrap(), "two");
+    }
 }
