@@ -268,6 +268,8 @@ const fn before(a: u32, b: u32) -> bool {
 
 #[cfg(test)]
 mod tests {
+    use proptest::prelude::*;
+
     use super::*;
 
     const FIRST: u32 = 60;
@@ -348,5 +350,64 @@ mod tests {
             assert_eq!(h.class(1, now), Class::Probe);
         }
         assert_eq!(h.level(), 5);
+    }
+
+    fn any_health() -> impl Strategy<Value = Health> {
+        (any::<u64>(), 0..=3u64).prop_map(|(word, state)| Health((word & !0xf) | state))
+    }
+
+    fn any_input() -> impl Strategy<Value = Input> {
+        prop_oneof![
+            Just(Input::StopSignal),
+            Just(Input::ListenerClosed),
+            Just(Input::ListenerOpened),
+            any::<bool>().prop_map(|serving| Input::Terminating { serving }),
+            Just(Input::NotTerminating),
+            (any::<u32>(), 1..1000u32, 0..=20u32).prop_map(|(now, first, max_level)| Input::Failed {
+                now,
+                first,
+                max_level
+            }),
+            Just(Input::Answered),
+            Just(Input::Removed),
+        ]
+    }
+
+    proptest! {
+        #[test]
+        fn no_input_changes_the_generation_or_revives_the_gone(health in any_health(), input in any_input()) {
+            let after = health.after(input);
+            prop_assert_eq!(after.generation(), health.generation());
+            if health.state() == State::Gone {
+                prop_assert_eq!(after, health);
+            }
+        }
+
+        /// All but a failed connect may be told twice: signals, agent and programs tell the same.
+        #[test]
+        fn what_is_told_twice_is_told_once(health in any_health(), input in any_input()) {
+            prop_assume!(!matches!(input, Input::Failed { .. }));
+            let once = health.after(input);
+            prop_assert_eq!(once.after(input), once);
+        }
+
+        #[test]
+        fn a_failure_never_makes_a_backend_better(health in any_health(), now: u32) {
+            let failed = health.after(Input::Failed { now, first: FIRST, max_level: 5 });
+            let class = |health: Health| health.class(health.generation(), now);
+            prop_assert!(class(failed) >= class(health));
+        }
+
+        #[test]
+        fn a_terminating_backend_is_never_live(health in any_health(), inputs in prop::collection::vec(any_input(), 0..8)) {
+            prop_assume!(health.state() != State::Gone);
+            let mut health = health.after(Input::Terminating { serving: true });
+            for input in inputs {
+                if input != Input::NotTerminating {
+                    health = health.after(input);
+                }
+            }
+            prop_assert!(health.class(health.generation(), 0) > Class::Probe);
+        }
     }
 }

@@ -3,7 +3,7 @@
 
 use aya_ebpf::{helpers::bpf_probe_read_kernel, programs::RawTracePointContext};
 use dataplane_ebpf::abi::{
-    Addr, EVENT_LISTENER_CLOSED, EVENT_LISTENER_OPENED, EVENT_STOP_SIGNAL, Event, LAYER_KNOW, ListenerKey,
+    Addr, Backend, EVENT_LISTENER_CLOSED, EVENT_LISTENER_OPENED, EVENT_STOP_SIGNAL, Event, LAYER_KNOW, ListenerKey,
     MAX_BACKENDS_PER_POD, POD_ENROLLED, PROTO_TCP, Pod, Stat,
 };
 
@@ -64,7 +64,7 @@ pub fn signal(ctx: &RawTracePointContext) -> Option<()> {
     }
     let mut next = pod.first_backend;
     for _ in 0..MAX_BACKENDS_PER_POD {
-        let Some(backend) = chained(next, &pod) else { break };
+        let Some(backend) = chained(next, pod.pod) else { break };
         health_apply(next, backend.generation, News::StopSignal);
         next = backend.next_in_pod;
     }
@@ -114,12 +114,12 @@ pub fn socket_state(ctx: &RawTracePointContext) -> Option<()> {
     }
     let key = |addr| ListenerKey { netns_cookie, addr, port_be: listener.port_be, _pad: [0; 6] };
     recount(&key(listener.addr), opened);
-    if listener.serves_v4_too {
+    if listener.serves_v4_too != 0 {
         recount(&key(Addr::v4(0)), opened);
     }
     count(if opened { Stat::ListenerOpened } else { Stat::ListenerClosed });
     if settings()?.layers & LAYER_KNOW != 0 {
-        tell_backends(&pod, &listener, netns_cookie, opened);
+        tell_backends(&pod, listener, netns_cookie, opened);
     }
     emit(Event {
         kind: if opened { EVENT_LISTENER_OPENED } else { EVENT_LISTENER_CLOSED },
@@ -133,12 +133,15 @@ pub fn socket_state(ctx: &RawTracePointContext) -> Option<()> {
 }
 
 /// Where a socket listens.
+#[derive(Clone, Copy)]
+#[repr(C)]
 struct Listener {
     /// Unspecified of its family for a wildcard.
     addr: Addr,
     port_be: u16,
     /// `[::]` without `IPV6_V6ONLY`.
-    serves_v4_too: bool,
+    serves_v4_too: u8,
+    _pad: u8,
 }
 
 impl Listener {
@@ -148,12 +151,13 @@ impl Listener {
         match sk.read::<u16>(get(&OFF_SK_FAMILY))? {
             AF_INET => {
                 let addr = Addr::v4(sk.read::<u32>(get(&OFF_SK_RCV_SADDR))?);
-                Some(Self { addr, port_be, serves_v4_too: false })
+                Some(Self { addr, port_be, serves_v4_too: 0, _pad: 0 })
             }
             AF_INET6 => {
                 let addr = Addr(sk.read::<[u32; 4]>(get(&OFF_SK_V6_RCV_SADDR))?);
                 let v6only = sk.read::<u8>(get(&OFF_SK_V6ONLY_BYTE))? & get(&OFF_SK_V6ONLY_MASK) as u8;
-                Some(Self { addr, port_be, serves_v4_too: addr == Addr([0; 4]) && v6only == 0 })
+                let serves_v4_too = (addr == Addr([0; 4]) && v6only == 0) as u8;
+                Some(Self { addr, port_be, serves_v4_too, _pad: 0 })
             }
             _ => None,
         }
@@ -163,7 +167,7 @@ impl Listener {
     #[inline(always)]
     fn serves(&self, addr: &Addr) -> bool {
         if addr.is_v4() {
-            self.addr == *addr || self.addr == Addr::v4(0) || self.serves_v4_too
+            self.addr == *addr || self.addr == Addr::v4(0) || self.serves_v4_too != 0
         } else {
             self.addr == *addr || self.addr == Addr([0; 4])
         }
@@ -204,27 +208,48 @@ fn listeners(netns_cookie: u64, addr: Addr, port_be: u16) -> i32 {
     LISTENERS.get_ptr(key).map_or(0, |count| unsafe { cell::read(count) })
 }
 
+/// What a backend is told of a listener.
+#[repr(C)]
+pub struct Told {
+    netns_cookie: u64,
+    listener: Listener,
+    pod: u32,
+    opened: u32,
+}
+
 /// Tells the pod's TCP backends that the listener serves.
 #[inline(always)]
-fn tell_backends(pod: &Pod, listener: &Listener, netns_cookie: u64, opened: bool) {
+fn tell_backends(pod: &Pod, listener: Listener, netns_cookie: u64, opened: bool) {
+    let told = Told { netns_cookie, listener, pod: pod.pod, opened: opened as u32 };
     let mut next = pod.first_backend;
     for _ in 0..MAX_BACKENDS_PER_POD {
-        let id = next;
-        let Some(backend) = chained(id, pod) else { break };
-        next = backend.next_in_pod;
-        let at = backend.at;
-        if at.proto != PROTO_TCP || at.port_be != listener.port_be || !listener.serves(&at.addr) {
-            continue;
+        if next == 0 {
+            break;
         }
-        if opened {
-            health_apply(id, backend.generation, News::ListenerOpened);
-            continue;
-        }
+        next = hitless_tell_backend(&raw const told, next);
+    }
+}
+
+/// Tells one backend of the chain. Returns the next one's number, 0 at the end. A global function:
+/// the verifier checks it once by itself, not once per turn of the loop.
+#[unsafe(no_mangle)]
+#[inline(never)]
+pub extern "C" fn hitless_tell_backend(told: *const Told, id: u32) -> u32 {
+    // SAFETY: the verifier checks that callers pass a `Told`, and asks for the comparison with null.
+    let Some(told) = (unsafe { told.as_ref() }) else { return 0 };
+    let Some(backend) = chained(id, told.pod) else { return 0 };
+    let (at, listener) = (backend.at, &told.listener);
+    if at.proto == PROTO_TCP && at.port_be == listener.port_be && listener.serves(&at.addr) {
         let wildcard = if at.addr.is_v4() { Addr::v4(0) } else { Addr([0; 4]) };
-        if listeners(netns_cookie, at.addr, at.port_be) <= 0 && listeners(netns_cookie, wildcard, at.port_be) <= 0 {
+        if told.opened != 0 {
+            health_apply(id, backend.generation, News::ListenerOpened);
+        } else if listeners(told.netns_cookie, at.addr, at.port_be) <= 0
+            && listeners(told.netns_cookie, wildcard, at.port_be) <= 0
+        {
             health_apply(id, backend.generation, News::ListenerClosed);
         }
     }
+    backend.next_in_pod
 }
 
 /// The pod in that network namespace, if it is enrolled.
@@ -238,9 +263,9 @@ fn enrolled(netns_cookie: u64) -> Option<Pod> {
 
 /// The backend of that number, if it still is one of the pod's.
 #[inline(always)]
-fn chained(id: u32, pod: &Pod) -> Option<dataplane_ebpf::abi::Backend> {
+fn chained(id: u32, pod: u32) -> Option<Backend> {
     let backend = BACKENDS.get_ptr(id)?;
     // SAFETY: checked by the verifier; the generation tells a torn read when the word is changed.
     let backend = unsafe { cell::read(backend) };
-    (id != 0 && backend.pod == pod.pod).then_some(backend)
+    (id != 0 && backend.pod == pod).then_some(backend)
 }
