@@ -4,7 +4,7 @@ use std::path::PathBuf;
 
 use dataplane_user::{
     doctor::{self, Check, Status},
-    kernel::Config,
+    kernel::{Config, Kernel, cgroup2_root},
 };
 use nix::mount::{MntFlags, MsFlags, mount, umount2};
 
@@ -64,11 +64,44 @@ fn what_is_missing_fails_with_its_remedy() {
 
 #[test]
 fn a_cgroup_below_the_root_is_warned_of() {
-    let root = dataplane_user::kernel::cgroup2_root().expect("cgroup2 is mounted");
+    let root = cgroup2_root().expect("cgroup2 is mounted");
     let cgroup = root.join(format!("hl-doctor-{}", std::process::id()));
     std::fs::create_dir(&cgroup).expect("a cgroup needs root");
     let bpffs = BpfFs::mount();
     let checks = doctor::run(&Config { cgroup: Some(cgroup.clone()), ..bpffs.config() });
     std::fs::remove_dir(&cgroup).expect("it is empty");
     assert_eq!(find(&checks, "cgroup2").status, Status::Warn);
+}
+
+#[test]
+fn an_installation_is_told_by_its_agent_and_one_of_another_name_is_a_neighbour() {
+    let cgroup = cgroup2_root().expect("cgroup2 is mounted").join(format!("hl-doctor-pins-{}", std::process::id()));
+    std::fs::create_dir(&cgroup).expect("a cgroup needs root");
+    let bpffs = BpfFs::mount();
+    let config = Config { cgroup: Some(cgroup.clone()), ..bpffs.config() };
+    let other = Config { name: "another".to_owned(), ..config.clone() };
+
+    let mut opened = Kernel::open(config.clone()).expect("the programs load");
+    opened.kernel.activate().expect("the programs attach");
+    let held = doctor::run(&config);
+    let beside = doctor::run(&other);
+    drop(opened);
+    let orphaned = doctor::run(&config);
+    dataplane_user::kernel::uninstall(&config).expect("no agent runs");
+    std::fs::remove_dir(&cgroup).expect("it is empty");
+
+    let installation = find(&held, "installation");
+    assert_eq!(installation.status, Status::Ok, "{installation:?}");
+    assert!(installation.found.contains(&format!("held by process {}", std::process::id())), "{installation:?}");
+    let neighbours = find(&held, "other programs");
+    assert!(!neighbours.found.contains("hitless_connect"), "its own programs are no others: {neighbours:?}");
+
+    let neighbours = find(&beside, "other programs");
+    assert_eq!(neighbours.status, Status::Warn);
+    assert!(neighbours.found.contains("connect4 (hitless_connect"), "{neighbours:?}");
+
+    let installation = find(&orphaned, "installation");
+    assert_eq!(installation.status, Status::Warn);
+    assert!(installation.found.contains("without an agent"), "{installation:?}");
+    assert!(installation.remedy.as_ref().is_some_and(|remedy| remedy.contains("hitless uninstall")));
 }
