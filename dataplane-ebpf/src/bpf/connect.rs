@@ -64,7 +64,11 @@ fn destination(client: &Client<'_>, to: &Endpoint, family: Family) -> Option<Rou
 #[inline(always)]
 fn remember(ctx: &SockAddrContext, client: &Client<'_>, original: &Endpoint, route: &Route) {
     // SAFETY: the context's own socket.
-    let Some(stored) = (unsafe { stored_or_new(&SOCKETS, socket(ctx)) }) else { return };
+    let Some(stored) = (unsafe { stored_or_new(&SOCKETS, socket(ctx)) }) else {
+        #[cfg(feature = "log")]
+        aya_log_ebpf::warn!(ctx, "no storage for a socket of namespace {}: unwatched", client.netns_cookie);
+        return;
+    };
     let mut tried = [0; MAX_TRIES];
     tried[0] = route.backend;
     *stored = Socket {

@@ -66,6 +66,9 @@ pub struct Choice {
     at: Endpoint,
 }
 
+// Before 6.3 a function may not be passed memory that was never written: no padding.
+const _: () = assert!(size_of::<Choice>() == 80);
+
 /// Fills in the answer and returns 1, or 0.
 ///
 /// A global function (of BTF linkage): the verifier checks it once by itself, whoever calls it.

@@ -215,12 +215,16 @@ pub struct Told {
     listener: Listener,
     pod: u32,
     opened: u32,
+    /// Before 6.3 a function may not be passed memory that was never written, padding included.
+    _pad: u32,
 }
+
+const _: () = assert!(size_of::<Told>() == 40);
 
 /// Tells the pod's TCP backends that the listener serves.
 #[inline(always)]
 fn tell_backends(pod: &Pod, listener: Listener, netns_cookie: u64, opened: bool) {
-    let told = Told { netns_cookie, listener, pod: pod.pod, opened: opened as u32 };
+    let told = Told { netns_cookie, listener, pod: pod.pod, opened: opened as u32, _pad: 0 };
     let mut next = pod.first_backend;
     for _ in 0..MAX_BACKENDS_PER_POD {
         if next == 0 {

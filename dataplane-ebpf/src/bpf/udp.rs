@@ -62,7 +62,11 @@ fn present(sock: &UdpSocket, to: &Endpoint) -> Present {
 pub fn remember(ctx: &SockAddrContext, original: &Endpoint, route: &Route) {
     debug_assert!(original.proto == PROTO_UDP);
     // SAFETY: the context's own socket.
-    let Some(sock) = (unsafe { stored_or_new(&UDP_SOCKETS, socket(ctx)) }) else { return };
+    let Some(sock) = (unsafe { stored_or_new(&UDP_SOCKETS, socket(ctx)) }) else {
+        #[cfg(feature = "log")]
+        aya_log_ebpf::warn!(ctx, "no storage for a UDP socket: replies keep the backend's address");
+        return;
+    };
     for peer in &mut sock.peers {
         if peer.service_at == *original {
             peer.stale = 1;
