@@ -1,8 +1,12 @@
 //! The hitless agent: sources, registry, and the one writer of the kernel's maps.
 
 pub mod admin;
+pub mod agent;
+pub mod cli;
+pub mod config;
 pub mod doctor;
 pub mod kernel;
 pub mod model;
 pub mod registry;
+pub mod signal;
 pub mod source;

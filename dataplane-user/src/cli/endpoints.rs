@@ -29,7 +29,15 @@ fn text(rows: &[EndpointRow]) -> String {
             let Some(backend) = &row.backend else {
                 let nothing = "-".to_owned();
                 let empty = "no backend".to_owned();
-                return [service, frontends.join(","), empty, nothing.clone(), nothing.clone(), nothing.clone(), nothing];
+                return [
+                    service,
+                    frontends.join(","),
+                    empty,
+                    nothing.clone(),
+                    nothing.clone(),
+                    nothing.clone(),
+                    nothing,
+                ];
             };
             [
                 service,
@@ -37,7 +45,11 @@ fn text(rows: &[EndpointRow]) -> String {
                 backend.address.to_string(),
                 backend.control.clone(),
                 kernel(backend),
-                if backend.weight == 1 { backend.section.clone() } else { format!("{} ×{}", backend.section, backend.weight) },
+                if backend.weight == 1 {
+                    backend.section.clone()
+                } else {
+                    format!("{} ×{}", backend.section, backend.weight)
+                },
                 backend.pod.clone().unwrap_or_else(|| "-".into()) + if backend.local { " (here)" } else { "" },
             ]
         })

@@ -40,10 +40,8 @@ enum Command {
     #[command(after_help = RUN_HELP)]
     Run(RunArgs),
     /// Is it ready, is the kernel path in force, what did it count
-    #[command(
-        after_help = "Works without an agent too: then it reads what is pinned.\n\
-                      Exit status: 0 ready; 1 an agent runs and is not ready; 2 nothing is installed; 3 no agent, kernel path in force."
-    )]
+    #[command(after_help = "Works without an agent too: then it reads what is pinned.\n\
+                      Exit status: 0 ready; 1 an agent runs and is not ready; 2 nothing is installed; 3 no agent, kernel path in force.")]
     Status(LookArgs),
     /// Every backend of every service: what the control plane says, what the kernel knows
     #[command(after_help = "Example: hitless endpoints shop/web")]
@@ -70,7 +68,7 @@ enum Command {
     Uninstall(LookArgs),
     /// Print a shell completion script
     Completions { shell: clap_complete::Shell },
-    /// The child of the agent that proves the hooks.
+    /// The child of the agent that proves the hooks
     #[command(hide = true)]
     Canary,
 }
@@ -106,7 +104,14 @@ struct LookArgs {
     config: Option<PathBuf>,
     #[command(flatten)]
     place: Place,
-    #[arg(short, long, value_enum, default_value_t, value_name = "FORMAT", help = "table for people, json for programs")]
+    #[arg(
+        short,
+        long,
+        value_enum,
+        default_value_t,
+        value_name = "FORMAT",
+        help = "table for people, json for programs"
+    )]
     output: Output,
 }
 
@@ -175,7 +180,7 @@ fn run(command: Command) -> anyhow::Result<ExitCode> {
             clap_complete::generate(shell, &mut Cli::command(), "hitless", &mut std::io::stdout());
             Ok(ExitCode::SUCCESS)
         }
-        Command::Canary => kernel::canary::child().map(|()| ExitCode::SUCCESS),
+        Command::Canary => Ok(kernel::canary::serve().map(|()| ExitCode::SUCCESS)?),
     }
 }
 

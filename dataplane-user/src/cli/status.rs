@@ -88,7 +88,11 @@ fn write(out: &mut String, status: &Status) -> std::fmt::Result {
                 (None, false) => "NOT READY".to_owned(),
             };
             let adopted = if agent.adopted { ", took over the kernel path of an agent before it" } else { "" };
-            writeln!(out, "agent     {ready}; pid {}, {}, up {} s{adopted}", agent.pid, agent.version, agent.up_seconds)?;
+            writeln!(
+                out,
+                "agent     {ready}; pid {}, {}, up {} s{adopted}",
+                agent.pid, agent.version, agent.up_seconds
+            )?;
         }
         None => {
             let attached = status.kernel.links.iter().filter(|link| link.attached).count();
@@ -130,11 +134,8 @@ fn write(out: &mut String, status: &Status) -> std::fmt::Result {
     for hook in status.hooks.iter().filter(|hook| !hook.ok) {
         writeln!(out, "          NOT PROVED: {}: {}", hook.hook, hook.seen)?;
     }
-    let maps: Vec<_> = kernel
-        .maps
-        .iter()
-        .map(|map| [map.name.clone(), map.used.to_string(), map.size.to_string()])
-        .collect();
+    let maps: Vec<_> =
+        kernel.maps.iter().map(|map| [map.name.clone(), map.used.to_string(), map.size.to_string()]).collect();
     if !maps.is_empty() {
         writeln!(out, "\n{}", table(["MAP", "USED", "SIZE"], &maps).trim_end())?;
     }
@@ -168,7 +169,8 @@ mod tests {
             ..Status::default()
         };
         let text = text(&status);
-        for want in ["agent     ready; pid 7", "REFUSED, the state before is in force: 3:1: bad", "DETACHED: connect4"] {
+        for want in ["agent     ready; pid 7", "REFUSED, the state before is in force: 3:1: bad", "DETACHED: connect4"]
+        {
             assert!(text.contains(want), "{want:?} is not in\n{text}");
         }
     }

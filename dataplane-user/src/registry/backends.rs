@@ -192,7 +192,7 @@ impl Registry {
         });
         let Some(number) = number else {
             let name = self.object_name(port, &key);
-            return self.full("BACKENDS", "max-backends", &name);
+            return self.full("BACKENDS", "sizes.backends", &name);
         };
         if !self.ensure_service(port, family) {
             if known.is_none() {
@@ -342,7 +342,7 @@ impl Registry {
         let generation = physical.value.generation as u16;
         if self.slots.set(service, number, generation, want, &mut self.out).is_err() {
             let name = format!("backend {}", address::socket(&physical.value.at));
-            self.full("SLOTS", "max-slots", &name);
+            self.full("SLOTS", "sizes.slots", &name);
         }
     }
 

@@ -123,7 +123,7 @@ impl Registry {
 
     fn make_group(&mut self, set: Vec<ServiceId>) {
         let Some(id) = self.slots.create(0, 0, &mut self.out) else {
-            self.full("SERVICES", "max-services", "a gateway group");
+            self.full("SERVICES", "sizes.services", "a gateway group");
             return;
         };
         for &service in &set {
@@ -162,10 +162,6 @@ impl Registry {
             self.groups.doomed.remove(&group);
             self.unmake_group(group);
         }
-    }
-
-    pub(super) fn is_group(&self, service: ServiceId) -> bool {
-        self.groups.all.contains_key(&service)
     }
 
     pub(super) fn group_set(&self, service: ServiceId) -> Option<&[ServiceId]> {

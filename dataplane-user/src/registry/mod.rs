@@ -107,6 +107,7 @@ impl Registry {
     }
 
     pub fn with_limits(seed: Seed, limits: Limits) -> Self {
+        let seed = seed.within(&limits);
         let services: HashSet<_> = seed.services.iter().map(|service| service.id).collect();
         Self {
             service_index: HashMap::new(),

@@ -5,7 +5,7 @@ use dataplane_ebpf::{
     health::Health,
 };
 
-use super::change::PodId;
+use super::{Limits, change::PodId};
 
 /// The adopted state; empty on a node that hitless never ran on.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -25,5 +25,16 @@ pub struct Seed {
 impl Seed {
     pub fn is_empty(&self) -> bool {
         self.frontends.is_empty() && self.services.is_empty() && self.slots.is_empty() && self.backends.is_empty()
+    }
+
+    /// What is within the registry's numbers; the rest (the canary's) is none of its business.
+    pub(super) fn within(mut self, limits: &Limits) -> Self {
+        let service = |id: u32| id < limits.services;
+        self.frontends.retain(|(_, frontend)| service(frontend.service));
+        self.services.retain(|value| service(value.id));
+        self.slots.retain(|(key, _)| service(key.service));
+        self.backends.retain(|(id, ..)| *id < limits.backends);
+        self.retired.retain(|(id, _)| *id < limits.backends);
+        self
     }
 }

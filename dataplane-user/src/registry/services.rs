@@ -175,7 +175,7 @@ impl Registry {
                 Some(id) => id,
                 None => {
                     let name = service_name(&self.services[self.ports[port].service].name);
-                    self.full("SERVICES", "max-services", &name);
+                    self.full("SERVICES", "sizes.services", &name);
                     return false;
                 }
             },
@@ -262,7 +262,7 @@ impl Registry {
         let claim = Claim { by, service: record.ids[family as usize] };
         if self.frontends.claim(at, claim, &mut self.out) == Claimed::Full {
             let name = service_name(&self.services[self.ports[port].service].name);
-            self.full("FRONTENDS", "max-frontends", &name);
+            self.full("FRONTENDS", "sizes.frontends", &name);
         }
     }
 

@@ -642,7 +642,7 @@ fn full_maps_are_named_and_lose_nothing_that_is_in_force() {
     }
     let (changes, problems) = node.apply(upsert(Object::Backend(web_backend(3))));
     assert_eq!(changes, vec![]);
-    assert!(problems[0].reason.contains("map BACKENDS is full (3 elements): raise max-backends"), "{problems:?}");
+    assert!(problems[0].reason.contains("map BACKENDS is full (3 elements): raise sizes.backends"), "{problems:?}");
     assert_eq!(node.kernel.services.values().next().unwrap().ready, 2);
 
     node.apply(Event::Delete { object: Key::Pod { name: "shop/web-1".into() } });

@@ -14,7 +14,8 @@ use super::{
 use crate::model::Protocol;
 
 /// How much there is of everything.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, serde::Deserialize)]
+#[serde(rename_all = "camelCase")]
 pub struct Counts {
     pub services: usize,
     pub frontends: usize,
@@ -169,6 +170,16 @@ impl Registry {
         }
     }
 
+    /// Are these the numbers of somebody else, at the end of the maps?
+    pub fn is_foreign(&self, service: ServiceId, backend: u32) -> bool {
+        service >= self.limits.services || backend >= self.limits.backends
+    }
+
+    /// The pods of this node, and the node itself when it is enrolled.
+    pub fn local_pods(&self) -> impl Iterator<Item = PodId> {
+        self.pods_by_id.keys().copied().chain(self.host.iter().map(|host| host.pod))
+    }
+
     /// A pod's backends beyond the first `skip` of its chain, which the kernel reached itself.
     pub fn chain(&self, pod: PodId, skip: usize) -> Vec<(u32, u32)> {
         let mut found = Vec::new();
@@ -179,9 +190,5 @@ impl Registry {
             next = physical.value.next_in_pod;
         }
         found.split_off(skip.min(found.len()))
-    }
-
-    pub fn is_gateway_group(&self, id: ServiceId) -> bool {
-        self.is_group(id)
     }
 }

@@ -1,0 +1,278 @@
+//! The agent: wires sources, registry, kernel and the admin socket on one thread.
+
+pub mod core;
+mod prove;
+mod report;
+
+use std::{
+    cell::RefCell,
+    future::Future,
+    path::Path,
+    rc::Rc,
+    time::{Duration, Instant},
+};
+
+use anyhow::Context as _;
+use tokio::{
+    io::{Interest, unix::AsyncFd},
+    signal::unix::{SignalKind, signal},
+    sync::{Notify, mpsc},
+    task::JoinSet,
+    time::MissedTickBehavior,
+};
+use tracing::{debug, info, warn};
+
+use self::core::{Core, Phase, Shared};
+use crate::{
+    admin,
+    config::{Config, LogFormat, OnExit, Source},
+    kernel::{self, Kernel, Opened, monotonic_ns},
+    registry::Registry,
+    signal, source,
+};
+
+/// How often ended flows are swept out.
+const SWEEP: Duration = Duration::from_secs(1);
+/// How often the agent looks whether its programs are still attached everywhere.
+const CHECK: Duration = Duration::from_secs(3);
+
+/// How long after a failed proof the next one begins.
+const PROVE_AGAIN: Duration = Duration::from_secs(5);
+
+/// Runs in the foreground until SIGTERM or SIGINT.
+pub fn run(config: Config) -> anyhow::Result<()> {
+    start_logging(config.log_format, &config.log_level)?;
+    let runtime = tokio::runtime::Builder::new_current_thread()
+        .enable_all()
+        .build()
+        .context("the agent's event loop cannot be started")?;
+    let (kernel, on_exit) = (config.kernel.clone(), config.on_exit);
+    runtime.block_on(tokio::task::LocalSet::new().run_until(serve(config)))?;
+    // Its lock goes with the agent's kernel side.
+    drop(runtime);
+    match on_exit {
+        OnExit::Keep => info!("stopped; the kernel path stays in force (`hitless uninstall` removes it)"),
+        OnExit::Uninstall => {
+            let removed = kernel::uninstall(&kernel)?;
+            info!(links = removed.links, interface_hooks = removed.interface_hooks, "stopped and uninstalled");
+        }
+    }
+    Ok(())
+}
+
+async fn serve(config: Config) -> anyhow::Result<()> {
+    // First of all: a signal during the start is not lost.
+    let mut terminate = signal(SignalKind::terminate())?;
+    let mut interrupt = signal(SignalKind::interrupt())?;
+
+    let ready_file = config.ready_file.clone().map(ReadyFile::new);
+    let _lock = lock(&config.state_dir)?;
+    let Opened { kernel, seed, adopted, events, mut outcomes, logger } = Kernel::open(config.kernel.clone())?;
+    if adopted {
+        info!(layout = kernel.layout(), backends = seed.backends.len(), "adopted the kernel path of an earlier agent");
+    }
+    let registry = Registry::with_limits(seed, config.limits());
+    let core: Shared = Rc::new(RefCell::new(Core::new(registry, kernel, adopted)));
+    if config.host {
+        core.borrow_mut().enroll_host();
+    }
+
+    let mut tasks = JoinSet::new();
+    let reread = Rc::new(Notify::new());
+    match &config.source {
+        Source::File(path) => {
+            spawn(&mut tasks, "file source", source::file::watch(path.clone(), core.clone(), reread.clone()));
+        }
+        Source::Stream(path) => {
+            let listener = source::stream::listen(path)?;
+            spawn(&mut tasks, "stream source", source::stream::serve(listener, core.clone()));
+        }
+    }
+    spawn(&mut tasks, "event ring", signal::watch(events, core.clone()));
+    let admin_socket = admin::socket(&config.state_dir);
+    let (queries, mut asked) = mpsc::channel(16);
+    admin::serve(&admin_socket, queries)
+        .with_context(|| format!("socket {}: cannot be made; name another --state-dir", admin_socket.display()))?;
+    let (asked_core, asked_config, started) = (core.clone(), config.clone(), Instant::now());
+    spawn(&mut tasks, "admin", async move {
+        while let Some(query) = asked.recv().await {
+            report::answer(query, &asked_core, &asked_config, started);
+        }
+        Ok(())
+    });
+    if let Some(logger) = logger {
+        spawn(&mut tasks, "kernel log", kernel_log(logger));
+    }
+    let outcomes_core = core.clone();
+    spawn(&mut tasks, "enrolment", async move {
+        while let Some(outcome) = outcomes.recv().await {
+            outcomes_core.borrow_mut().complete(outcome);
+        }
+        Ok(())
+    });
+    spawn(&mut tasks, "upkeep", upkeep(core.clone()));
+    spawn(&mut tasks, "readiness", get_ready(core.clone(), config.clone(), ready_file.clone()));
+    spawn(&mut tasks, "SIGHUP", async move {
+        let mut hangup = signal(SignalKind::hangup())?;
+        while hangup.recv().await.is_some() {
+            info!("SIGHUP: reading the source again");
+            reread.notify_one();
+        }
+        Ok(())
+    });
+    info!(
+        source = %config.source,
+        layers = %config.layers,
+        admin = %admin_socket.display(),
+        "agent started; waiting for the first full state"
+    );
+
+    let ended = tokio::select! {
+        _ = terminate.recv() => Ok("SIGTERM"),
+        _ = interrupt.recv() => Ok("SIGINT"),
+        Some(ended) = tasks.join_next() => Err(ended),
+    };
+    tasks.shutdown().await;
+    drop(ready_file);
+    let _ = std::fs::remove_file(&admin_socket);
+    if let Source::Stream(path) = &config.source {
+        let _ = std::fs::remove_file(path);
+    }
+    match ended {
+        Ok(signal) => info!(signal, "stopping"),
+        // Tasks run for as long as the agent does: whatever ended is broken.
+        Err(ended) => ended.context("a part of the agent panicked")??,
+    }
+    Ok(())
+}
+
+fn spawn(
+    tasks: &mut JoinSet<anyhow::Result<()>>,
+    name: &'static str,
+    work: impl Future<Output = std::io::Result<()>> + 'static,
+) {
+    tasks.spawn_local(async move { work.await.with_context(|| format!("{name} failed")) });
+}
+
+async fn upkeep(core: Shared) -> std::io::Result<()> {
+    let mut sweep = tokio::time::interval(SWEEP);
+    let mut check = tokio::time::interval(CHECK);
+    sweep.set_missed_tick_behavior(MissedTickBehavior::Delay);
+    check.set_missed_tick_behavior(MissedTickBehavior::Delay);
+    loop {
+        tokio::select! {
+            _ = sweep.tick() => match core.borrow_mut().kernel.sweep(monotonic_ns()) {
+                Ok(swept) if swept.removed > 0 => debug!(removed = swept.removed, seen = swept.seen, "ended flows swept"),
+                Ok(_) => {}
+                Err(error) => warn!(%error, "sweeping ended flows"),
+            },
+            _ = check.tick() => core.borrow_mut().check(),
+        }
+    }
+}
+
+/// Ready is proved: programs attached, the pods of the first state tried, each hook passed by a
+/// connect of its own.
+async fn get_ready(core: Shared, config: Config, file: Option<Rc<ReadyFile>>) -> std::io::Result<()> {
+    let (mut phase, enrolled) = {
+        let core = core.borrow();
+        (core.phase.subscribe(), core.enrolled.clone())
+    };
+    // The sender lives in `core`.
+    let _ = phase.wait_for(|phase| *phase >= Phase::Active).await;
+    loop {
+        let changed = enrolled.notified();
+        if core.borrow().pods_settled() {
+            break;
+        }
+        changed.await;
+    }
+    while config.canary && !prove::hooks(&core).await {
+        tokio::time::sleep(PROVE_AGAIN).await;
+    }
+    core.borrow().phase.send_replace(Phase::Ready);
+    info!("ready");
+    if let Some(file) = file {
+        file.write();
+    }
+    std::future::pending().await
+}
+
+async fn kernel_log(logger: aya_log::EbpfLogger<&'static dyn log::Log>) -> std::io::Result<()> {
+    // SAFETY: the logger keeps its descriptor, always the same one, for as long as it lives.
+    let logger = unsafe { AsyncFd::register_with_interest(logger, Interest::READABLE) };
+    let mut logger = logger.map_err(std::io::Error::other)?;
+    loop {
+        let mut ready = logger.readable_mut().await?;
+        ready.get_inner_mut().flush();
+        ready.clear_ready();
+    }
+}
+
+/// One agent per state directory: its sockets' names are this one's while the answer lives.
+fn lock(state_dir: &Path) -> anyhow::Result<std::fs::File> {
+    let make = || {
+        std::fs::create_dir_all(state_dir)?;
+        std::fs::File::create(state_dir.join("lock"))
+    };
+    let file = make().with_context(|| {
+        format!("state directory {}: cannot be made; name another with --state-dir", state_dir.display())
+    })?;
+    match file.try_lock() {
+        Ok(()) => Ok(file),
+        Err(std::fs::TryLockError::WouldBlock) => anyhow::bail!(
+            "another agent uses {}: stop it, or give this one another --state-dir and --name",
+            state_dir.display()
+        ),
+        Err(std::fs::TryLockError::Error(error)) => {
+            Err(error).with_context(|| format!("state directory {}: cannot be locked", state_dir.display()))
+        }
+    }
+}
+
+fn start_logging(format: LogFormat, level: &str) -> anyhow::Result<()> {
+    use tracing_subscriber::EnvFilter;
+    // aya says what it does; who runs the agent asks about hitless.
+    let plain = level.parse::<tracing::Level>().is_ok();
+    let filter = if plain { format!("{level},aya=warn,aya_obj=warn") } else { level.to_owned() };
+    let filter = EnvFilter::try_new(filter).map_err(|error| {
+        anyhow::anyhow!(
+            "log-level is {level:?} ({error}); allowed are error, warn, info, debug, trace, or a filter such as \
+             dataplane_user::source=debug,info"
+        )
+    })?;
+    let builder = tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).with_target(false);
+    match format {
+        LogFormat::Text => builder.with_ansi(std::io::IsTerminal::is_terminal(&std::io::stderr())).init(),
+        LogFormat::Json => builder.json().flatten_event(true).init(),
+    }
+    Ok(())
+}
+
+/// Tells whoever waits for it that the agent is ready; gone with the agent.
+struct ReadyFile(std::path::PathBuf);
+
+impl ReadyFile {
+    fn new(path: std::path::PathBuf) -> Rc<Self> {
+        // Of an agent that was killed.
+        let _ = std::fs::remove_file(&path);
+        Rc::new(Self(path))
+    }
+
+    fn write(&self) {
+        let write = |path: &Path| {
+            let partial = path.with_extension("partial");
+            std::fs::write(&partial, format!("{}\n", std::process::id()))?;
+            std::fs::rename(&partial, path)
+        };
+        if let Err(error) = write(&self.0) {
+            warn!(%error, path = %self.0.display(), "ready file not written");
+        }
+    }
+}
+
+impl Drop for ReadyFile {
+    fn drop(&mut self) {
+        let _ = std::fs::remove_file(&self.0);
+    }
+}

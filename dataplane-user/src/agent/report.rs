@@ -1,0 +1,89 @@
+//! What the agent tells of itself at its admin socket.
+
+use std::time::Instant;
+
+use super::core::{Core, Phase, Shared};
+use crate::{
+    admin::{
+        Query,
+        protocol::{Agent, EndpointRow, KernelSide, Link, PodRow, Source, Status, counters, layer_names},
+    },
+    config::Config,
+    kernel::monotonic_ns,
+};
+
+/// Answers one query. Whoever asked may have left: then nobody takes the answer.
+pub fn answer(query: Query, core: &Shared, config: &Config, started: Instant) {
+    let core = core.borrow();
+    match query {
+        Query::Status(to) => drop(to.send(status(&core, config, started))),
+        Query::Endpoints(service, to) => drop(to.send(endpoints(&core, service.as_deref()))),
+        Query::Events(to) => {
+            drop(to.send((core.history.iter().cloned().collect(), core.followers.subscribe())));
+        }
+    }
+}
+
+fn status(core: &Core, config: &Config, started: Instant) -> Status {
+    let ready = *core.phase.borrow() == Phase::Ready;
+    Status {
+        agent: Some(Agent {
+            pid: std::process::id(),
+            version: env!("CARGO_PKG_VERSION").into(),
+            up_seconds: started.elapsed().as_secs(),
+            adopted: core.adopted,
+        }),
+        ready,
+        waiting_for: (!ready).then(|| waiting_for(core)),
+        source: Some(Source {
+            name: config.source.to_string(),
+            age_seconds: core.source.last_event.map(|then| then.elapsed().as_secs()),
+            error: core.source.error.clone(),
+            problems: core.problems.iter().map(|(object, reason)| format!("{object}: {reason}")).collect(),
+        }),
+        kernel: KernelSide {
+            cgroup: core.kernel.cgroup().display().to_string(),
+            layout: core.kernel.layout().into(),
+            layers: layer_names(core.kernel.settings().layers),
+            links: core.attached.iter().map(|name| Link { name: (*name).into(), attached: true }).collect(),
+            maps: core.kernel.occupancy().unwrap_or_default().into_iter().map(Into::into).collect(),
+        },
+        objects: Some(core.registry.counts().into()),
+        pods: pods(core),
+        counters: counters(&core.kernel.stats()),
+        hooks: core.hooks.clone(),
+    }
+}
+
+fn waiting_for(core: &Core) -> String {
+    if let Some(error) = &core.activation_error {
+        return format!("programs to be attached: {error}");
+    }
+    if !core.registry.synced() {
+        return "the first full state of the source".into();
+    }
+    match pods(core).iter().find(|pod| !pod.enrolled && pod.error.is_none()) {
+        Some(pod) => format!("pod {} to be enrolled", pod.name),
+        None if core.unproved.is_some() => core.unproved.clone().unwrap_or_default(),
+        None => "the hooks to be proved by a connect of the agent's own".into(),
+    }
+}
+
+fn pods(core: &Core) -> Vec<PodRow> {
+    let enrolled = core.kernel.enrolled();
+    let rows = core.registry.local_pods().map(|id| PodRow {
+        name: core.registry.pod_label(id).map(|name| name.to_string()).unwrap_or_default(),
+        enrolled: enrolled.contains_key(&id),
+        netns_cookie: enrolled.get(&id).copied(),
+        error: core.failing_pods.get(&id).cloned(),
+    });
+    let mut rows: Vec<_> = rows.collect();
+    rows.sort_by(|a, b| a.name.cmp(&b.name));
+    rows
+}
+
+fn endpoints(core: &Core, service: Option<&str>) -> Vec<EndpointRow> {
+    let now = monotonic_ns();
+    let rows = core.registry.rows(service).into_iter();
+    rows.map(|row| EndpointRow::new(row, |id| core.kernel.health(id), now)).collect()
+}
