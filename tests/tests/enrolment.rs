@@ -16,7 +16,7 @@ use std::{
 
 use dataplane_ebpf::{
     abi::{self, Addr, Backend, Endpoint, Frontend, PROTO_TCP, Service, Slot, SlotKey},
-    health::State,
+    health::{Input, State},
 };
 use dataplane_user::{
     kernel::{self, Config, Error, Kernel, Notice, Opened, Tcx},
@@ -236,6 +236,15 @@ fn a_pod_is_attached_to_its_listeners_are_known_and_nothing_stays_when_it_leaves
     assert_eq!(opened.kernel.health(1).state(), State::Refusing, "set before close() returned");
     let again = pod.listen(8080);
     assert_eq!(opened.kernel.health(1).state(), State::Ready);
+    // As after a miscount of several sockets at once: refusing, though one listens.
+    write_all(&mut opened, &[Change::Health { id: 1, generation: 1, input: Input::ListenerClosed }]);
+    opened.kernel.recount(1);
+    until(&mut opened, "it serves again", |kernel| kernel.health(1).state() == State::Ready);
+    write_all(&mut opened, &[Change::Health { id: 1, generation: 1, input: Input::Terminating { serving: false } }]);
+    opened.kernel.recount(1);
+    assert!(notice(&mut opened).is_none());
+    assert_eq!(opened.kernel.health(1).state(), State::Refusing, "the control plane said so");
+    write_all(&mut opened, &[Change::Health { id: 1, generation: 1, input: Input::NotTerminating }]);
     write_all(&mut opened, &[Change::Release(1)]);
     assert!(scratch.pods().is_empty(), "forgotten at once");
     drop(again);

@@ -49,6 +49,9 @@ enum Done {
         cookie: u64,
         result: Result<(), Error>,
     },
+    Recounted {
+        pod: PodId,
+    },
 }
 
 /// What the agent may want to tell about a pod.
@@ -85,6 +88,7 @@ pub enum Notice {
 enum Job {
     Attach { enrollment: Arc<Enrollment>, round: u64 },
     Detach { cookie: u64, path: Option<PathBuf> },
+    Recount { enrollment: Arc<Enrollment>, cookie: u64 },
     Reach,
 }
 
@@ -96,6 +100,8 @@ struct PodState {
     /// The worker has attached to its interfaces at least once.
     attached: bool,
     failing: bool,
+    /// A [`Job::Recount`] waits: it will see all that happens until it begins.
+    recounting: bool,
 }
 
 /// The agent's side.
@@ -130,7 +136,7 @@ impl Enroller {
     ) -> Result<(Self, UnboundedReceiver<Outcome>), Error> {
         let (jobs, queue) = channel();
         let (outcomes, results) = unbounded_channel();
-        let worker = Interfaces::new(tcx, links.clone(), programs, maps.listeners.clone());
+        let worker = Interfaces::new(tcx, links.clone(), programs, maps.clone());
         let sender = outcomes.clone();
         std::thread::Builder::new()
             .name("enroll".to_owned())
@@ -163,7 +169,14 @@ impl Enroller {
         let state = match before {
             // Only its terms changed: no need to enter the namespace.
             Some(before) if !moved => PodState { enrollment: enrollment.clone(), ..before },
-            _ => PodState { enrollment: enrollment.clone(), round, cookie: None, attached: false, failing: false },
+            _ => PodState {
+                enrollment: enrollment.clone(),
+                round,
+                cookie: None,
+                attached: false,
+                failing: false,
+                recounting: false,
+            },
         };
         self.pods.insert(enrollment.pod, state);
         if moved {
@@ -242,8 +255,16 @@ impl Enroller {
         }
     }
 
-    /// Has the worker look at a pod again.
-    pub fn recheck(&mut self, pod: PodId) {
+    /// Has the worker count a pod's listeners again.
+    pub fn recount(&mut self, pod: PodId) {
+        let Some(state) = self.pods.get_mut(&pod).filter(|state| !state.recounting) else { return };
+        let Some(cookie) = state.cookie else { return };
+        state.recounting = true;
+        let job = Job::Recount { enrollment: state.enrollment.clone(), cookie };
+        self.send(job);
+    }
+
+    fn recheck(&mut self, pod: PodId) {
         if let Some(state) = self.pods.get(&pod) {
             let job = Job::Attach { enrollment: state.enrollment.clone(), round: state.round };
             self.checking += 1;
@@ -262,6 +283,12 @@ impl Enroller {
             Done::Reached => {
                 self.prune = true;
                 self.prune()
+            }
+            Done::Recounted { pod } => {
+                if let Some(state) = self.pods.get_mut(&pod) {
+                    state.recounting = false;
+                }
+                Vec::new()
             }
             Done::LinksChanged => {
                 let host = self.pods.values().find(|state| state.enrollment.netns == Netns::Host);
@@ -418,6 +445,10 @@ fn work(interfaces: &Interfaces, jobs: &Receiver<Job>, outcomes: &UnboundedSende
             }
             Job::Detach { cookie, path } => {
                 Done::Detached { cookie, result: interfaces.detach(cookie, path.as_deref()) }
+            }
+            Job::Recount { enrollment, cookie } => {
+                interfaces.recount_again(&enrollment, cookie);
+                Done::Recounted { pod: enrollment.pod }
             }
             Job::Reach => Done::Reached,
         };

@@ -1,4 +1,4 @@
-//! Puts the tc programs on the interfaces of a pod, and counts its listeners.
+//! Puts the tc programs on the interfaces of a pod, and takes them off again.
 //!
 //! tcx links are pinned as `tc-<cookie>-<ifindex>-<in|out>`. Where the kernel has none, filters hang
 //! on clsact; `tcf-<cookie>-<ifindex>` is the program pinned as a record of that, and
@@ -10,6 +10,7 @@ use std::{
     os::fd::AsFd,
     os::unix::fs::MetadataExt,
     path::{Path, PathBuf},
+    sync::Arc,
 };
 
 use dataplane_ebpf::abi::ListenerKey;
@@ -18,8 +19,9 @@ use super::{
     Tcx,
     error::Error,
     links::{self, Attached},
+    listeners,
     load::Programs,
-    maps::HashMap,
+    maps::Maps,
     netns::{self, Direction, Interface},
     snapshot,
     sys::{self, Attach},
@@ -42,7 +44,7 @@ pub struct Interfaces {
     tcx: bool,
     links: PathBuf,
     programs: Programs,
-    listeners: HashMap,
+    maps: Arc<Maps>,
 }
 
 const PROGRAMS: [(Direction, &str, &str, Attach); 2] = [
@@ -51,9 +53,9 @@ const PROGRAMS: [(Direction, &str, &str, Attach); 2] = [
 ];
 
 impl Interfaces {
-    pub fn new(tcx: Tcx, links: PathBuf, programs: Programs, listeners: HashMap) -> Self {
+    pub fn new(tcx: Tcx, links: PathBuf, programs: Programs, maps: Arc<Maps>) -> Self {
         let tcx = tcx == Tcx::Auto && tcx_supported(&programs);
-        Self { tcx, links, programs, listeners }
+        Self { tcx, links, programs, maps }
     }
 
     pub fn attach(&self, enrollment: &Enrollment) -> Result<Attachment, Error> {
@@ -94,7 +96,7 @@ impl Interfaces {
                 }
             }
         }
-        let listeners = self.recount(cookie).map_err(failed("counting its listeners (sock_diag)"))?;
+        let listeners = listeners::recount(&self.maps, cookie).map_err(failed("counting its listeners (sock_diag)"))?;
         let interfaces = interfaces.into_iter().map(|interface| interface.name).collect();
         Ok(Attachment { cookie, interfaces, repaired, tcx: self.tcx, listeners })
     }
@@ -159,60 +161,33 @@ impl Interfaces {
         let ours = |pin: &PathBuf| cookie_of(pin) == Some(cookie);
         let pins: Vec<_> = snapshot::pinned(&self.links)?.into_iter().filter(ours).collect();
         remove(&pins, path)?;
-        for (key, _) in self.listeners.entries::<ListenerKey, i32>()? {
+        for (key, _) in self.maps.listeners.entries::<ListenerKey, i32>()? {
             if key.netns_cookie == cookie {
-                self.listeners.delete(&key)?;
+                self.maps.listeners.delete(&key)?;
             }
         }
         Ok(())
     }
 
-    /// Makes `LISTENERS` say what sock_diag says. Sockets come and go meanwhile, counted by the
-    /// program; so only what two dumps agree on is written.
-    fn recount(&self, cookie: u64) -> io::Result<usize> {
-        let mut dump = count(netns::listeners(cookie)?);
-        for _ in 0..5 {
-            let mut counted = BTreeMap::new();
-            for (key, listening) in self.listeners.entries::<ListenerKey, i32>().map_err(io::Error::other)? {
-                if key.netns_cookie == cookie && listening != 0 {
-                    counted.insert(sortable(&key), (key, listening));
-                }
+    /// Counts the listeners of a pod again, and only that.
+    pub fn recount_again(&self, enrollment: &Enrollment, cookie: u64) {
+        let recount = || {
+            // The path may lead elsewhere by now; then the next check enrolls anew.
+            if netns::cookie()? == cookie {
+                listeners::recount(&self.maps, cookie)?;
+                listeners::revive(&self.maps, cookie, enrollment.first_backend)?;
             }
-            if counted == dump {
-                break;
-            }
-            let again = count(netns::listeners(cookie)?);
-            if again == dump {
-                for (at, (key, _)) in &counted {
-                    if !dump.contains_key(at) {
-                        self.listeners.delete(key).map_err(io::Error::other)?;
-                    }
-                }
-                for (at, (key, listening)) in &dump {
-                    if counted.get(at).map(|(_, listening)| listening) != Some(listening) {
-                        self.listeners.put(key, listening).map_err(io::Error::other)?;
-                    }
-                }
-                break;
-            }
-            dump = again;
+            Ok(())
+        };
+        let recounted = match &enrollment.netns {
+            Netns::Host => recount(),
+            Netns::Path(path) => netns::within(path, recount),
+        };
+        if let Err(error) = recounted {
+            // The pod is going, most likely; if not, the next check tells.
+            tracing::debug!(pod = %enrollment.name, %error, "listeners not counted again");
         }
-        Ok(dump.values().map(|(_, listening)| *listening as usize).sum())
     }
-}
-
-type Counted = BTreeMap<([u32; 4], u16), (ListenerKey, i32)>;
-
-fn sortable(key: &ListenerKey) -> ([u32; 4], u16) {
-    (key.addr.0, key.port_be)
-}
-
-fn count(keys: Vec<ListenerKey>) -> Counted {
-    let mut counted = Counted::new();
-    for key in keys {
-        counted.entry(sortable(&key)).or_insert((key, 0)).1 += 1;
-    }
-    counted
 }
 
 /// `(kind, cookie, interface)` of a pin of this module.

@@ -3,7 +3,7 @@
 use std::{
     collections::HashMap,
     os::fd::{AsFd, BorrowedFd, OwnedFd},
-    sync::Arc,
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
 };
 
 use aya::{
@@ -41,13 +41,37 @@ pub fn load(pins: &Pins, definitions: &[MapDefinition]) -> Result<(Ebpf, Program
     let mut ebpf = loader.load(OBJECT).map_err(|error| {
         if not_permitted(&error) { Error::NotPermitted } else { Error::Load { message: chain(&error) } }
     })?;
-    let mut programs = HashMap::new();
-    for (name, program) in ebpf.programs_mut() {
-        let loaded = verify(program).and_then(|()| Ok(program.fd()?.as_fd().try_clone_to_owned()?));
-        let fd = loaded.map_err(|error| Error::Program { program: name.to_owned(), message: chain(&error) })?;
-        programs.insert(name.to_owned(), Arc::new(fd));
-    }
+    let programs = verify_all(&mut ebpf)?;
     Ok((ebpf, Programs(programs)))
+}
+
+/// Has the kernel verify every program. It does so on the caller's CPU: several callers, several CPUs.
+fn verify_all(ebpf: &mut Ebpf) -> Result<HashMap<String, Arc<OwnedFd>>, Error> {
+    let waiting: Mutex<Vec<_>> = Mutex::new(ebpf.programs_mut().collect());
+    let verified = Mutex::new(HashMap::new());
+    let verify_some = || -> Result<(), Error> {
+        loop {
+            let Some((name, program)) = lock(&waiting).pop() else { return Ok(()) };
+            let loaded = verify(program).and_then(|()| Ok(program.fd()?.as_fd().try_clone_to_owned()?));
+            let fd = loaded.map_err(|error| Error::Program { program: name.to_owned(), message: chain(&error) })?;
+            lock(&verified).insert(name.to_owned(), Arc::new(fd));
+        }
+    };
+    let threads = std::thread::available_parallelism().map_or(1, |cpus| cpus.get().min(4));
+    std::thread::scope(|scope| {
+        let others: Vec<_> = (1..threads).map(|_| scope.spawn(verify_some)).collect();
+        let mut result = verify_some();
+        for other in others {
+            let other = other.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic));
+            result = result.and(other);
+        }
+        result
+    })?;
+    Ok(verified.into_inner().unwrap_or_else(PoisonError::into_inner))
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 fn verify(program: &mut Program) -> Result<(), ProgramError> {

@@ -17,6 +17,7 @@ mod error;
 mod events;
 mod interfaces;
 mod links;
+mod listeners;
 mod load;
 mod maps;
 mod netns;
@@ -220,10 +221,10 @@ impl Kernel {
         self.enroll.complete(outcome)
     }
 
-    /// Counts a pod's listeners again; for when one came or went: events of several at once may have
-    /// been counted wrong.
+    /// Counts a pod's listeners again. Call it when one came or went: the program may count several
+    /// at once wrong, and then take a backend for refusing that another listener still serves.
     pub fn recount(&mut self, pod: PodId) {
-        self.enroll.recheck(pod);
+        self.enroll.recount(pod);
     }
 
     /// Looks after what others may have removed: links of the cgroup (it may have been made anew) at
