@@ -392,3 +392,41 @@ fn connections_to_a_service_go_on_through_restarts_and_a_change_of_the_layout() 
     assert!(numbers[0] > 100 && numbers[1] == 0, "connected, failed: {said}");
     drop(accept);
 }
+
+#[test]
+fn the_nodes_own_interfaces_are_attached_to_but_not_a_bridges_ports_and_new_ones_at_once() {
+    let (scratch, node) = (Scratch::new(), Pod::new());
+    node.run("ip link add br0 type bridge");
+    node.run("ip link set br0 up");
+    node.run("ip link set eth1 master br0");
+    node.run("ip link add down0 type veth peer name down1");
+    let netns = std::fs::File::open(&node.path).expect("the namespace");
+    // An agent whose own namespace this is: its threads are started from here.
+    let agent = || {
+        setns(netns.as_fd(), CloneFlags::CLONE_NEWNET).expect("entered");
+        let mut opened = open(scratch.config(Tcx::Auto));
+        opened.kernel.activate().expect("attaches");
+        let host = Enrollment {
+            pod: 1,
+            name: "node".into(),
+            netns: Netns::Host,
+            flags: abi::POD_ENROLLED | abi::POD_HOST,
+            stop_signals: 0,
+            first_backend: 0,
+        };
+        write_all(&mut opened, &[Change::Enroll(Arc::new(host))]);
+        match notice(&mut opened) {
+            Some(Notice::Enrolled { mut interfaces, .. }) => {
+                interfaces.sort();
+                assert_eq!(interfaces, ["br0", "eth0"]);
+            }
+            other => panic!("{other:?}"),
+        }
+        node.run("ip link set down0 up");
+        match notice(&mut opened) {
+            Some(Notice::Repaired { interfaces, .. }) => assert_eq!(interfaces, ["down0"]),
+            other => panic!("{other:?}"),
+        }
+    };
+    std::thread::scope(|scope| scope.spawn(agent).join()).unwrap_or_else(|panic| std::panic::resume_unwind(panic));
+}

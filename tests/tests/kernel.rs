@@ -222,6 +222,82 @@ fn a_cgroup_that_was_made_anew_is_attached_to_again() {
     assert!(attached_to(&scratch.cgroup).contains("hitless_connect4"));
 }
 
+#[test]
+fn what_is_missing_is_named_with_its_remedy() {
+    let scratch = Scratch::new();
+    let refused = |config: Config| Kernel::open(config).err().expect("cannot open").to_string();
+    let directory = tempfile::tempdir().expect("a directory");
+    let text = refused(Config { bpffs: directory.path().to_owned(), ..scratch.config() });
+    assert!(text.contains("mount -t bpf bpf") && text.contains("--bpffs"), "{text}");
+    let text = refused(Config { cgroup: Some(directory.path().to_owned()), ..scratch.config() });
+    assert!(text.contains("cgroup2") && text.contains("--cgroup"), "{text}");
+    let text = refused(Config { cgroup: Some("/nowhere".into()), ..scratch.config() });
+    assert!(text.contains("/nowhere"), "{text}");
+}
+
+#[test]
+fn who_may_not_use_bpf_is_told_so() {
+    use std::os::unix::process::CommandExt;
+    let scratch = Scratch::new();
+    let argument = format!("{}|{}|", scratch.bpffs.path().display(), scratch.cgroup.display());
+    // Where nobody may enter: the directory of the test is root's.
+    std::fs::set_permissions(scratch.bpffs.path(), std::os::unix::fs::PermissionsExt::from_mode(0o755)).expect("ours");
+    let copy = tempfile::tempdir().expect("a directory");
+    std::fs::set_permissions(copy.path(), std::os::unix::fs::PermissionsExt::from_mode(0o755)).expect("ours");
+    let program = copy.path().join("test");
+    std::fs::copy(env::current_exe().expect("this test"), &program).expect("copied");
+    let output = Command::new(program)
+        .args(["--exact", "child_that_is_killed", "--nocapture"])
+        .env(CHILD, argument)
+        .uid(65_534)
+        .current_dir("/")
+        .output()
+        .expect("starts");
+    let said = String::from_utf8_lossy(&output.stderr) + String::from_utf8_lossy(&output.stdout);
+    assert!(said.contains("NotPermitted"), "{said}");
+}
+
+#[test]
+fn ended_flows_are_swept_and_the_count_of_moved_flows_is_corrected() {
+    use abi::{FlowKey, REBIND_RST, Rebind};
+    use aya::maps::{Array, HashMap, Map, MapData};
+    let scratch = Scratch::new();
+    let mut opened = scratch.open();
+    opened.kernel.activate().expect("attaches");
+    let flows = scratch.directories().into_iter().find(|name| name.starts_with("flows-")).expect("pinned");
+    let pin = |name: &str| MapData::from_pin(scratch.config().root().join(&flows).join(name)).expect("pinned");
+    let mut rebinds: HashMap<_, FlowKey, Rebind> =
+        HashMap::try_from(Map::LruHashMap(pin("REBINDS"))).expect("a hash map");
+    let mut rebound: Array<_, u64> = Array::try_from(Map::Array(pin("REBOUND"))).expect("an array");
+    let now = kernel::monotonic_ns() + 100_000_000_000;
+    for port in 0..5000_u16 {
+        let key = FlowKey { client_port_be: port, ..FlowKey::default() };
+        let ended = port % 5 == 0;
+        let quiet = if ended { 20_000_000_000 } else { 5_000_000_000 };
+        let rebind = Rebind { last_seen_ns: now - quiet, closing: REBIND_RST, ..Rebind::default() };
+        rebinds.insert(key, rebind, 0).expect("room");
+    }
+    // As if 70 had been evicted, which nobody counts.
+    rebound.set(0, 5070, 0).expect("set");
+    let mut calls = 0;
+    let (mut removed, mut corrected) = (0, None);
+    while corrected.is_none() {
+        let swept = opened.kernel.sweep(now).expect("walks");
+        assert!(swept.seen <= 5000);
+        removed += swept.removed;
+        corrected = swept.corrected;
+        calls += 1;
+        assert!(calls < 10, "never at its end");
+    }
+    assert!(calls > 1, "bounded work per call");
+    assert_eq!((removed, corrected), (1000, Some(4000)));
+    assert_eq!(rebound.get(&0, 0).expect("read"), 4000);
+    assert_eq!(rebinds.keys().count(), 4000);
+    opened.kernel.sweep(now + 3_600_000_000_000).expect("walks");
+    opened.kernel.sweep(now + 3_600_000_000_000).expect("walks");
+    assert_eq!(rebound.get(&0, 0).expect("read"), 0, "then no packet pays a lookup");
+}
+
 /// bpftool's word on what is attached to a cgroup.
 fn attached_to(cgroup: &Path) -> String {
     let shown = Command::new("bpftool").args(["--json", "cgroup", "show"]).arg(cgroup).output().expect("bpftool");

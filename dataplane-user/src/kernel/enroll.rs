@@ -92,6 +92,15 @@ enum Job {
     Reach,
 }
 
+/// A pod's [`Job::Recount`]: one at a time, however many events ask for it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Recount {
+    Idle,
+    UnderWay,
+    /// Asked for while one is under way, which may have looked already.
+    Again,
+}
+
 struct PodState {
     enrollment: Arc<Enrollment>,
     /// Counts enrollments: an older job's result is of no interest.
@@ -100,8 +109,7 @@ struct PodState {
     /// The worker has attached to its interfaces at least once.
     attached: bool,
     failing: bool,
-    /// A [`Job::Recount`] waits: it will see all that happens until it begins.
-    recounting: bool,
+    recount: Recount,
 }
 
 /// The agent's side.
@@ -175,7 +183,7 @@ impl Enroller {
                 cookie: None,
                 attached: false,
                 failing: false,
-                recounting: false,
+                recount: Recount::Idle,
             },
         };
         self.pods.insert(enrollment.pod, state);
@@ -257,9 +265,13 @@ impl Enroller {
 
     /// Has the worker count a pod's listeners again.
     pub fn recount(&mut self, pod: PodId) {
-        let Some(state) = self.pods.get_mut(&pod).filter(|state| !state.recounting) else { return };
+        let Some(state) = self.pods.get_mut(&pod) else { return };
         let Some(cookie) = state.cookie else { return };
-        state.recounting = true;
+        if state.recount != Recount::Idle {
+            state.recount = Recount::Again;
+            return;
+        }
+        state.recount = Recount::UnderWay;
         let job = Job::Recount { enrollment: state.enrollment.clone(), cookie };
         self.send(job);
     }
@@ -285,8 +297,9 @@ impl Enroller {
                 self.prune()
             }
             Done::Recounted { pod } => {
-                if let Some(state) = self.pods.get_mut(&pod) {
-                    state.recounting = false;
+                let again = self.pods.get_mut(&pod).map(|state| std::mem::replace(&mut state.recount, Recount::Idle));
+                if again == Some(Recount::Again) {
+                    self.recount(pod);
                 }
                 Vec::new()
             }

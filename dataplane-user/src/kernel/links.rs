@@ -11,7 +11,9 @@ use serde::Serialize;
 
 use super::{
     error::Error,
+    interfaces,
     load::Programs,
+    snapshot,
     sys::{self, Attach},
 };
 
@@ -134,14 +136,41 @@ fn replace(pin: &Path, create: impl FnOnce() -> io::Result<OwnedFd>) -> io::Resu
     Ok(Attached::New)
 }
 
+/// What a link is pinned as until it takes its place.
+const FRESH: &str = "-new";
+
 /// Pins an object under a name that may be taken; there is no moment without the name.
 pub fn pin_over(fd: BorrowedFd<'_>, pin: &Path) -> io::Result<()> {
     let mut fresh = PathBuf::from(pin).into_os_string();
-    fresh.push("-new");
+    fresh.push(FRESH);
     let fresh = PathBuf::from(fresh);
     unpin(&fresh)?;
     sys::pin(fd, &fresh)?;
     fs::rename(&fresh, pin)
+}
+
+/// Finishes what an agent was killed at: its new link takes the place that it was made for.
+pub fn finish(links: &Path) -> Result<(), Error> {
+    for fresh in snapshot::pinned(links)? {
+        if let Some(pin) = fresh.to_str().and_then(|name| name.strip_suffix(FRESH)) {
+            fs::rename(&fresh, pin).map_err(|source| Error::Pin { path: fresh, doing: "renaming", source })?;
+        }
+    }
+    Ok(())
+}
+
+/// Drops links of hooks that this version no longer has: their programs serve from maps of another.
+pub fn drop_foreign(links: &Path) -> Result<(), Error> {
+    for pin in snapshot::pinned(links)? {
+        let known = pin
+            .file_name()
+            .and_then(|name| name.to_str())
+            .is_some_and(|name| HOOKS.iter().any(|(hook, _)| *hook == name) || interfaces::cookie_of(&pin).is_some());
+        if !known {
+            unpin(&pin).map_err(|source| Error::Pin { path: pin, doing: "unpinning", source })?;
+        }
+    }
+    Ok(())
 }
 
 /// Removes a pin; fine when there is none.

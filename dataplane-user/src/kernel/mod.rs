@@ -160,6 +160,8 @@ pub struct Kernel {
     programs: load::Programs,
     enroll: enroll::Enroller,
     sweep: sweep::Sweep,
+    /// Programs read the maps: this agent's, or those of the one before, whose maps it adopted.
+    served: bool,
     active: bool,
 }
 
@@ -182,7 +184,16 @@ impl Kernel {
         let logger = if ebpf.map("AYA_LOGS").is_some() { aya_log::EbpfLogger::init(&mut ebpf).ok() } else { None };
         let (enroll, outcomes) = enroll::Enroller::start(config.tcx, pins.links(), programs.clone(), maps.clone())?;
         let adopted = pins.adopted();
-        let kernel = Self { cgroup, pins, maps, programs, enroll, sweep: sweep::Sweep::default(), active: false };
+        let kernel = Self {
+            cgroup,
+            pins,
+            maps,
+            programs,
+            enroll,
+            sweep: sweep::Sweep::default(),
+            served: adopted,
+            active: false,
+        };
         Ok(Opened { kernel, seed, adopted, events, outcomes, logger })
     }
 
@@ -191,7 +202,9 @@ impl Kernel {
         self.enroll.prepare();
         self.pins.publish()?;
         let attached = links::attach_all(&self.programs, &self.cgroup, &self.pins.links())?;
+        self.served = true;
         self.active = true;
+        links::drop_foreign(&self.pins.links())?;
         self.enroll.activate();
         // The interfaces' links still serve from the maps before until the enroller has moved them;
         // maps live as long as a program holds them, pinned or not.
@@ -202,7 +215,7 @@ impl Kernel {
     /// Performs changes in their order. What could not be done is returned; the rest was done.
     /// `Enroll` and `Release` begin here and end in [`Kernel::complete`].
     pub fn write(&mut self, changes: &[Change]) -> Vec<Rejected> {
-        let mut rejected = writer::write(&self.maps, self.active, changes);
+        let mut rejected = writer::write(&self.maps, self.served, changes);
         for (index, change) in changes.iter().enumerate() {
             let begun = match change {
                 Change::Enroll(enrollment) => self.enroll.enroll(enrollment),

@@ -114,6 +114,7 @@ impl Pins {
         check_bpffs(&config.bpffs)?;
         let lock = lock(&root)?;
         make_dir(&root.join(LINKS))?;
+        super::links::finish(&root.join(LINKS))?;
         for name in directories(&root)? {
             if name.starts_with(NEW) {
                 remove_dir(&root.join(name))?;
