@@ -280,7 +280,8 @@ fn a_udp_socket_that_stays_leaves_a_dead_backend() -> Result<()> {
 
 #[test]
 fn a_client_in_the_nodes_own_network_is_served_too() -> Result<()> {
-    let scene = scene("", &[1, 2]);
+    let agent_args = vec!["--host".to_owned()];
+    let scene = Scene::new(&SceneSpec { agent_args, ..SceneSpec::default() })?;
     for family in Family::BOTH {
         let mut stream: TcpStream = connect_from(&scene.lab.node(1).host, scene.vip(family))?;
         assert!(who(&mut stream)?.starts_with("web-"));

@@ -121,7 +121,10 @@ pub struct Stream(Mutex<BufReader<UnixStream>>);
 
 impl Stream {
     pub fn connect(path: &Path) -> Result<Self> {
-        let stream = UnixStream::connect(path).with_context(|| format!("connect {}", path.display()))?;
+        // Between bind() and listen() the socket is there and refuses.
+        let patient = || (0..100).find_map(|_| UnixStream::connect(path).ok().or_else(pause));
+        let stream = UnixStream::connect(path).or_else(|error| patient().ok_or(error));
+        let stream = stream.with_context(|| format!("connect {}", path.display()))?;
         stream.set_read_timeout(Some(Duration::from_secs(30)))?;
         Ok(Self(Mutex::new(BufReader::new(stream))))
     }
@@ -134,9 +137,15 @@ impl Stream {
         let mut answer = String::new();
         stream.read_line(&mut answer).context("read the acknowledgement")?;
         let answer: Value = serde_json::from_str(&answer).with_context(|| format!("acknowledgement {answer:?}"))?;
-        match answer.get("error") {
-            None | Some(Value::Null) => Ok(()),
-            Some(error) => bail!("the agent refused {}: {error}", String::from_utf8_lossy(&line).trim()),
+        let problem = answer.get("error").or_else(|| answer.get("problems"));
+        match problem {
+            None => Ok(()),
+            Some(problem) => bail!("the agent refused {}: {problem}", String::from_utf8_lossy(&line).trim()),
         }
     }
+}
+
+fn pause() -> Option<UnixStream> {
+    std::thread::sleep(Duration::from_millis(10));
+    None
 }
