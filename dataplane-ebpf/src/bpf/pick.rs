@@ -111,6 +111,10 @@ pub extern "C" fn hitless_choose(choice: *mut Choice) -> u32 {
     }
     if chosen.backend() == 0 {
         chosen = scan(choice, service.ready, service.ready + service.terminating, now);
+        // Number 0 is no backend, although all of its (zero) fields agree.
+        if chosen.backend() == 0 {
+            return 0;
+        }
         match chosen.class() {
             LIVE => {}
             // Whoever loses the race for a probe here goes along with it: there is nothing better.

@@ -2,18 +2,22 @@
 
 use aya_ebpf::{
     bindings::{
-        BPF_SOCK_OPS_ACTIVE_ESTABLISHED_CB, BPF_SOCK_OPS_STATE_CB, BPF_SOCK_OPS_STATE_CB_FLAG,
+        BPF_ANY, BPF_SOCK_OPS_ACTIVE_ESTABLISHED_CB, BPF_SOCK_OPS_STATE_CB, BPF_SOCK_OPS_STATE_CB_FLAG,
         BPF_SOCK_OPS_TCP_CONNECT_CB, BPF_SOCK_OPS_TIMEOUT_INIT, BPF_TCP_CLOSE, BPF_TCP_ESTABLISHED, BPF_TCP_SYN_SENT,
         bpf_sock,
     },
     helpers::{bpf_ktime_get_ns, bpf_probe_read_kernel, generated::bpf_skc_to_tcp_sock},
     programs::SockOpsContext,
 };
-use dataplane_ebpf::abi::{EVENT_REFUSED, EVENT_TIMED_OUT, EVENT_UNREACHABLE, Event, SOCKET_ESTABLISHED, Socket, Stat};
+use dataplane_ebpf::abi::{
+    Affinity, AffinityKey, EVENT_REFUSED, EVENT_TIMED_OUT, EVENT_UNREACHABLE, Event, SOCKET_ESTABLISHED,
+    SOCKET_REBOUND, Socket, Stat,
+};
 
 use crate::{
+    cell,
     events::emit,
-    maps::{SOCKETS, count, settings, stored},
+    maps::{AFFINITY, SERVICES, SOCKETS, count, settings, stored},
     offsets::{OFF_SK_ERR, get},
     suspect::{answered, failed},
 };
@@ -62,10 +66,31 @@ pub fn call_back(ctx: &SockOpsContext) {
         }
         BPF_SOCK_OPS_ACTIVE_ESTABLISHED_CB => {
             stored.flags |= SOCKET_ESTABLISHED;
+            if stored.flags & SOCKET_REBOUND != 0 {
+                stay(stored);
+            }
             answered(stored.backend, stored.generation);
             count(Stat::Established);
         }
         _ => closed(ctx, sk, stored),
+    }
+}
+
+/// Session affinity follows a connect that was moved: the client's next one goes where this one went.
+#[inline(always)]
+fn stay(stored: &Socket) {
+    let Some(service) = SERVICES.get_ptr(stored.service) else { return };
+    // SAFETY: checked by the verifier; the identifier is checked below.
+    let service = unsafe { cell::read(service) };
+    if service.id != stored.service || service.affinity_s == 0 {
+        return;
+    }
+    let key = AffinityKey { netns_cookie: stored.netns_cookie, service: stored.service, _pad: 0 };
+    // SAFETY: a helper without arguments.
+    let now = unsafe { bpf_ktime_get_ns() };
+    let entry = Affinity { backend: stored.backend, generation: stored.generation, last_used_ns: now };
+    if AFFINITY.insert(key, entry, u64::from(BPF_ANY)).is_err() {
+        count(Stat::MapFull);
     }
 }
 
