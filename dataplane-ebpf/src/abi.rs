@@ -358,6 +358,9 @@ pub const REBIND_FIN_PEER: u8 = 1 << 1;
 pub const REBIND_RST: u8 = 1 << 2;
 /// The handshake completed.
 pub const REBIND_ESTABLISHED: u8 = 1 << 3;
+/// A flow of the node's own network namespace. Pods' packets pass the node's interfaces too, and all
+/// find the same `REBINDS`: the programs there act on these flows only, the pods' on the others.
+pub const REBIND_NODE: u8 = 1 << 7;
 
 /// `SETTINGS[0]`: what the agent may change while the programs run.
 #[repr(C)]

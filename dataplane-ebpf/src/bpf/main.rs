@@ -71,14 +71,22 @@ fn hitless_sock_state(ctx: RawTracePointContext) -> i32 {
     0
 }
 
-#[classifier]
-fn hitless_tc_egress(ctx: TcContext) -> i32 {
-    tc::egress(skb::Skb(ctx.skb.skb))
+/// Entry points on interfaces.
+macro_rules! on_interface {
+    ($($name:ident => $logic:expr;)*) => { $(
+        #[classifier]
+        fn $name(ctx: TcContext) -> i32 {
+            $logic(skb::Skb(ctx.skb.skb))
+        }
+    )* };
 }
 
-#[classifier]
-fn hitless_tc_ingress(ctx: TcContext) -> i32 {
-    tc::ingress(skb::Skb(ctx.skb.skb))
+on_interface! {
+    hitless_tc_egress => tc::egress::<false>;
+    hitless_tc_ingress => tc::ingress::<false>;
+    // The same for interfaces of the node itself, when it is a client.
+    hitless_tc_node_egress => tc::egress::<true>;
+    hitless_tc_node_ingress => tc::ingress::<true>;
 }
 
 #[cfg(not(test))]

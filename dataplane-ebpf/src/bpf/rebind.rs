@@ -8,8 +8,8 @@ use core::intrinsics::{AtomicOrdering, atomic_cxchg, atomic_xadd};
 use dataplane_ebpf::{
     abi::{
         CAUSE_COLLISION, CAUSE_ICMP, CAUSE_RST, EVENT_EXHAUSTED, EVENT_REBOUND, Endpoint, Event, FlowKey, LAYER_REBIND,
-        MAX_TRIES, ROLE_FORWARD, ROLE_REVERSE, ROLE_STALE, Rebind, SERVICE_PINNED, SOCKET_ESTABLISHED, SOCKET_PROBE,
-        SOCKET_REBOUND, Socket, Stat,
+        MAX_TRIES, REBIND_NODE, ROLE_FORWARD, ROLE_REVERSE, ROLE_STALE, Rebind, SERVICE_PINNED, SOCKET_ESTABLISHED,
+        SOCKET_PROBE, SOCKET_REBOUND, Socket, Stat,
     },
     flow::{Way, closing},
     health::Class,
@@ -57,10 +57,13 @@ pub fn any_rebound() -> bool {
     }
 }
 
-/// The entry of (client, peer), if any flow is moved at all.
+/// The entry of (client, peer), if any flow is moved at all; the node's, or the pods'.
 #[inline(always)]
-pub fn entry(flow: &FlowKey) -> Option<*mut Rebind> {
-    if any_rebound() { REBINDS.get_ptr_mut(flow) } else { None }
+pub fn entry(flow: &FlowKey, node: bool) -> Option<*mut Rebind> {
+    let found = if any_rebound() { REBINDS.get_ptr_mut(flow)? } else { return None };
+    // SAFETY: checked by the verifier.
+    let nodes = unsafe { cell::read(&raw const (*found).closing) } & REBIND_NODE != 0;
+    if nodes == node { Some(found) } else { None }
 }
 
 /// Reads an entry into `to`, its other half; returns its role and ISN. No entry is role 0.
@@ -253,12 +256,20 @@ pub struct Target {
     pub probe: u32,
     /// A backend passed over in this move, because the tuple is not free.
     passed: u32,
+    /// What the flow's entries are marked with: [`REBIND_NODE`] or nothing.
+    pub mark: u32,
 }
 
 /// Moves the connect of `socket` to another backend. `flow` is what the socket believes; `target` gets the
 /// new one. Returns [`moved`].
 #[inline(always)]
-pub fn move_flow(skb: *mut __sk_buff, socket: *mut Socket, flow: &FlowKey, cause: u32, target: &mut Target) -> u32 {
+pub fn move_flow<const NODE: bool>(
+    skb: *mut __sk_buff,
+    socket: *mut Socket,
+    flow: &FlowKey,
+    cause: u32,
+    target: &mut Target,
+) -> u32 {
     // SAFETY: the verifier checks the storage.
     let replays = unsafe { cell::read(&raw const (*socket).replays) };
     match hitless_claim(socket, replays, cause) {
@@ -266,6 +277,7 @@ pub fn move_flow(skb: *mut __sk_buff, socket: *mut Socket, flow: &FlowKey, cause
         other => return other,
     }
     target.passed = 0;
+    target.mark = if NODE { u32::from(REBIND_NODE) } else { 0 };
     // First without the leftovers of finished flows, whose backend may still hold the connection in TIME-WAIT;
     // then over them.
     for attempt in 0..3 {
@@ -380,7 +392,7 @@ pub extern "C" fn hitless_free(skb: *mut __sk_buff, flow: *const FlowKey, take_o
     }
     let key = *flow;
     let mut to = Endpoint::default();
-    match describe(entry(&key), &mut to).0 {
+    match describe(REBINDS.get_ptr_mut(key), &mut to).0 {
         0 => return 1,
         // Its owner was looked for above.
         ROLE_FORWARD if take_over != 0 => {}
@@ -425,7 +437,7 @@ extern "C" fn hitless_bind(socket: *mut Socket, flow: *const FlowKey, target: *c
         to: flow.peer,
         to_port_be: flow.peer_port_be,
         role: ROLE_REVERSE,
-        closing: 0,
+        closing: target.mark as u8,
         isn,
         service,
         backend: target.backend,

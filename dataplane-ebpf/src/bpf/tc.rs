@@ -47,27 +47,28 @@ fn work() -> Option<&'static mut Work> {
     unsafe { WORK.get_ptr_mut(0)?.as_mut() }
 }
 
-/// A packet leaves the client.
+/// A packet leaves the client. `NODE`: the interface is the node's own, and pods' packets pass it too.
 #[inline(always)]
-pub fn egress(skb: Skb) -> i32 {
+pub fn egress<const NODE: bool>(skb: Skb) -> i32 {
     let mark = skb.mark();
     if mark != 0
         && let Some(settings) = settings()
-        && mark & settings.mark != 0
+        && settings.mark != 0
+        && mark & settings.mark == settings.mark
     {
         // Our own, on its second way out.
         skb.set_mark(mark & !settings.mark);
         return PASS;
     }
     match skb.protocol() {
-        ETHERTYPE_IPV4_BE => egress_ip::<true>(skb),
-        ETHERTYPE_IPV6_BE => egress_ip::<false>(skb),
+        ETHERTYPE_IPV4_BE => egress_ip::<true, NODE>(skb),
+        ETHERTYPE_IPV6_BE => egress_ip::<false, NODE>(skb),
         _ => PASS,
     }
 }
 
 #[inline(always)]
-fn egress_ip<const V4: bool>(skb: Skb) -> i32 {
+fn egress_ip<const V4: bool, const NODE: bool>(skb: Skb) -> i32 {
     let Some((_, PROTO_TCP)) = Head::<V4>::of(skb) else { return PASS };
     let Some(head) = Head::<V4>::with(skb, TCP_LEN) else { return PASS };
     let syn = is_syn(head.tcp_flags());
@@ -77,9 +78,9 @@ fn egress_ip<const V4: bool>(skb: Skb) -> i32 {
     let Some(work) = work() else { return PASS };
     head.segment(Way::Out, &mut work.segment);
     if syn {
-        return egress_syn(skb, work);
+        return egress_syn::<NODE>(skb, work);
     }
-    let Some(found) = entry(&work.segment.flow) else { return PASS };
+    let Some(found) = entry(&work.segment.flow, NODE) else { return PASS };
     let (role, _) = describe(Some(found), &mut work.to);
     if !matches!(verdict(role, Way::Out), Verdict::ToPresent) {
         return PASS;
@@ -103,17 +104,17 @@ fn forward(skb: Skb, work: &mut Work) -> i32 {
 
 /// A SYN leaves: saved, counted, moved when its peer is silent.
 #[inline(always)]
-fn egress_syn(skb: Skb, work: &mut Work) -> i32 {
+fn egress_syn<const NODE: bool>(skb: Skb, work: &mut Work) -> i32 {
     let Some(settings) = settings() else { return PASS };
     let from = sender(skb.socket());
-    let (mut role, isn) = describe(entry(&work.segment.flow), &mut work.to);
+    let (mut role, isn) = describe(entry(&work.segment.flow, NODE), &mut work.to);
     let ours = !from.storage.is_null() && is_ours(from.storage);
     if role == 0 && !ours {
         return PASS;
     }
-    // A packet keeps its socket across network namespaces: on a node's interface it may be a pod's.
     let real = from.connecting();
-    if real && !socket_of(skb.0, &work.segment.flow).connecting() {
+    // A packet keeps its socket across network namespaces: on a node's interface it may be a pod's.
+    if NODE && real && !socket_of(skb.0, &work.segment.flow).connecting() {
         return PASS;
     }
     match role {
@@ -144,7 +145,9 @@ fn egress_syn(skb: Skb, work: &mut Work) -> i32 {
             Some(SynSeen::Silent) => CAUSE_SILENT,
             _ => 0,
         };
-        if cause != 0 && move_flow(skb.0, from.storage, &work.segment.flow, cause, &mut work.target) == moved::YES {
+        if cause != 0
+            && move_flow::<NODE>(skb.0, from.storage, &work.segment.flow, cause, &mut work.target) == moved::YES
+        {
             role = ROLE_FORWARD;
             work.to.addr = work.target.flow.peer;
             work.to.port_be = work.target.flow.peer_port_be;
@@ -206,18 +209,18 @@ fn track(skb: Skb, segment: &Segment, socket: *mut Socket, settings: &Settings) 
     }
 }
 
-/// A packet comes to the client.
+/// A packet comes to the client, `NODE` as in [`egress`].
 #[inline(always)]
-pub fn ingress(skb: Skb) -> i32 {
+pub fn ingress<const NODE: bool>(skb: Skb) -> i32 {
     match skb.protocol() {
-        ETHERTYPE_IPV4_BE => ingress_ip::<true>(skb),
-        ETHERTYPE_IPV6_BE => ingress_ip::<false>(skb),
+        ETHERTYPE_IPV4_BE => ingress_ip::<true, NODE>(skb),
+        ETHERTYPE_IPV6_BE => ingress_ip::<false, NODE>(skb),
         _ => PASS,
     }
 }
 
 #[inline(always)]
-fn ingress_ip<const V4: bool>(skb: Skb) -> i32 {
+fn ingress_ip<const V4: bool, const NODE: bool>(skb: Skb) -> i32 {
     match Head::<V4>::of(skb) {
         Some((_, PROTO_TCP)) => {
             let Some(head) = Head::<V4>::with(skb, TCP_LEN) else { return PASS };
@@ -226,7 +229,7 @@ fn ingress_ip<const V4: bool>(skb: Skb) -> i32 {
             }
             let Some(work) = work() else { return PASS };
             head.segment(Way::In, &mut work.segment);
-            ingress_tcp(skb, work)
+            ingress_tcp::<NODE>(skb, work)
         }
         Some((_, protocol)) if protocol == if V4 { PROTO_ICMP } else { PROTO_ICMPV6 } => {
             let Some(head) = Head::<V4>::with(skb, 8) else { return PASS };
@@ -240,15 +243,15 @@ fn ingress_ip<const V4: bool>(skb: Skb) -> i32 {
             if !read_quote(skb, &told, &mut work.segment) {
                 return PASS;
             }
-            ingress_icmp(skb, work, quote)
+            ingress_icmp::<NODE>(skb, work, quote)
         }
         _ => PASS,
     }
 }
 
 #[inline(always)]
-fn ingress_tcp(skb: Skb, work: &mut Work) -> i32 {
-    let found = entry(&work.segment.flow);
+fn ingress_tcp<const NODE: bool>(skb: Skb, work: &mut Work) -> i32 {
+    let found = entry(&work.segment.flow, NODE);
     let (role, _) = describe(found, &mut work.to);
     let verdict = verdict(role, Way::In);
     if verdict == Verdict::Drop {
@@ -256,7 +259,7 @@ fn ingress_tcp(skb: Skb, work: &mut Work) -> i32 {
         return DROP;
     }
     if work.segment.flags & (TCP_RST | TCP_ACK) == TCP_RST | TCP_ACK {
-        match replay(skb, work, role, CAUSE_RST) {
+        match replay::<NODE>(skb, work, role, CAUSE_RST) {
             Replay::Done(action) => return action,
             // The kernel knows it for a forgery by the same means.
             Replay::Forged if verdict == Verdict::FromFirst => return back(skb, work),
@@ -284,8 +287,8 @@ fn back(skb: Skb, work: &Work) -> i32 {
 }
 
 #[inline(always)]
-fn ingress_icmp(skb: Skb, work: &mut Work, quote: Quote) -> i32 {
-    let (role, _) = describe(entry(&work.segment.flow), &mut work.to);
+fn ingress_icmp<const NODE: bool>(skb: Skb, work: &mut Work, quote: Quote) -> i32 {
+    let (role, _) = describe(entry(&work.segment.flow, NODE), &mut work.to);
     let verdict = verdict(role, Way::In);
     if verdict == Verdict::Drop {
         count(Stat::StalePacket);
@@ -295,7 +298,7 @@ fn ingress_icmp(skb: Skb, work: &mut Work, quote: Quote) -> i32 {
         // The quoted sequence number proves what the acknowledgement of a RST does.
         work.segment.ack = work.segment.seq.wrapping_add(1);
         work.segment.flags = TCP_RST | TCP_ACK;
-        if let Replay::Done(action) = replay(skb, work, role, CAUSE_ICMP) {
+        if let Replay::Done(action) = replay::<NODE>(skb, work, role, CAUSE_ICMP) {
             return action;
         }
     }
@@ -319,7 +322,7 @@ enum Replay {
 
 /// Turns an answer that refuses a SYN into that SYN, towards another backend.
 #[inline(always)]
-fn replay(skb: Skb, work: &mut Work, role: u8, cause: u32) -> Replay {
+fn replay<const NODE: bool>(skb: Skb, work: &mut Work, role: u8, cause: u32) -> Replay {
     let Some(settings) = settings() else { return Replay::No };
     if settings.layers & LAYER_REBIND == 0 {
         return Replay::No;
@@ -342,7 +345,7 @@ fn replay(skb: Skb, work: &mut Work, role: u8, cause: u32) -> Replay {
         count(Stat::Forged);
         return Replay::Forged;
     }
-    match move_flow(skb.0, socket, &work.believed, cause, &mut work.target) {
+    match move_flow::<NODE>(skb.0, socket, &work.believed, cause, &mut work.target) {
         moved::YES => {}
         moved::BUSY => return Replay::Done(DROP),
         _ => return Replay::No,

@@ -13,7 +13,7 @@ use std::{
     sync::Arc,
 };
 
-use dataplane_ebpf::abi::ListenerKey;
+use dataplane_ebpf::abi::{ListenerKey, POD_HOST};
 
 use super::{
     Tcx,
@@ -47,10 +47,16 @@ pub struct Interfaces {
     maps: Arc<Maps>,
 }
 
-const PROGRAMS: [(Direction, &str, &str, Attach); 2] = [
-    (Direction::Ingress, "hitless_tc_ingress", "in", Attach::TcxIngress),
-    (Direction::Egress, "hitless_tc_egress", "out", Attach::TcxEgress),
-];
+/// For each direction: the program, its pin's suffix, its tcx attach type. The node's own interfaces have
+/// programs of their own, because packets of pods pass there too.
+const fn programs_on(host: bool) -> [(Direction, &'static str, &'static str, Attach); 2] {
+    let [ingress, egress] = if host {
+        ["hitless_tc_node_ingress", "hitless_tc_node_egress"]
+    } else {
+        ["hitless_tc_ingress", "hitless_tc_egress"]
+    };
+    [(Direction::Ingress, ingress, "in", Attach::TcxIngress), (Direction::Egress, egress, "out", Attach::TcxEgress)]
+}
 
 impl Interfaces {
     pub fn new(tcx: Tcx, links: PathBuf, programs: Programs, maps: Arc<Maps>) -> Self {
@@ -71,15 +77,18 @@ impl Interfaces {
     fn attach_here(&self, enrollment: &Enrollment) -> Result<Attachment, Error> {
         let pod = &enrollment.name;
         let failed = |doing| move |source| Error::Pod { pod: pod.clone(), doing, source };
-        let host = enrollment.netns == Netns::Host;
+        let host = enrollment.flags & POD_HOST != 0;
         let cookie = netns::cookie().map_err(failed("reading the network namespace's cookie (Linux 5.14)"))?;
         let mut interfaces = netns::interfaces().map_err(failed("listing its interfaces"))?;
         interfaces.retain(|interface| !interface.loopback && (!host || (interface.up && !interface.enslaved)));
         self.forget_vanished(cookie, &interfaces).map_err(failed("unpinning links of interfaces that are gone"))?;
         let mut repaired = Vec::new();
         for interface in &interfaces {
-            let attached =
-                if self.tcx { self.attach_tcx(cookie, interface) } else { self.attach_clsact(cookie, interface) };
+            let attached = if self.tcx {
+                self.attach_tcx(cookie, host, interface)
+            } else {
+                self.attach_clsact(cookie, host, interface)
+            };
             match attached {
                 Ok(Attached::New) => repaired.push(interface.name.clone()),
                 Ok(Attached::Updated) => {}
@@ -101,11 +110,11 @@ impl Interfaces {
         Ok(Attachment { cookie, interfaces, repaired, tcx: self.tcx, listeners })
     }
 
-    fn attach_tcx(&self, cookie: u64, interface: &Interface) -> io::Result<Attached> {
+    fn attach_tcx(&self, cookie: u64, host: bool, interface: &Interface) -> io::Result<Attached> {
         // A filter of an agent that ran with --tcx off (or on an older kernel) would act twice.
         self.detach_clsact(cookie, interface.index)?;
         let mut attached = Attached::Updated;
-        for (_, name, suffix, attach) in PROGRAMS {
+        for (_, name, suffix, attach) in programs_on(host) {
             let program = self.programs.get(name).ok_or(io::ErrorKind::NotFound)?;
             let pin = self.links.join(format!("tc-{cookie:x}-{}-{suffix}", interface.index));
             let create = || sys::link_create(program, interface.index, attach);
@@ -116,14 +125,14 @@ impl Interfaces {
         Ok(attached)
     }
 
-    fn attach_clsact(&self, cookie: u64, interface: &Interface) -> io::Result<Attached> {
+    fn attach_clsact(&self, cookie: u64, host: bool, interface: &Interface) -> io::Result<Attached> {
         let index = interface.index;
         let mut attached = Attached::Updated;
         if netns::add_clsact(index)? {
-            let program = self.programs.get(PROGRAMS[0].1).ok_or(io::ErrorKind::NotFound)?;
+            let program = self.programs.get(programs_on(host)[0].1).ok_or(io::ErrorKind::NotFound)?;
             links::pin_over(program, &self.marker("tcq", cookie, index))?;
         }
-        for (direction, name, suffix, _) in PROGRAMS {
+        for (direction, name, suffix, _) in programs_on(host) {
             let program = self.programs.get(name).ok_or(io::ErrorKind::NotFound)?;
             if !netns::has_filter(index, direction)? {
                 attached = Attached::New;
@@ -297,7 +306,7 @@ fn find(cookies: &BTreeSet<u64>, hint: Option<&Path>) -> BTreeMap<u64, PathBuf> 
 
 /// Whether the kernel has tcx links (6.6): probed on the loopback interface of a namespace made for it.
 fn tcx_supported(programs: &Programs) -> bool {
-    let Some(program) = programs.get(PROGRAMS[0].1) else { return false };
+    let Some(program) = programs.get(programs_on(false)[0].1) else { return false };
     std::thread::scope(|scope| {
         let probe = scope.spawn(move || -> io::Result<()> {
             nix::sched::unshare(nix::sched::CloneFlags::CLONE_NEWNET)?;

@@ -1,0 +1,143 @@
+//! A flow that was moved: what it shares the client's ports with, and what the network says of it.
+
+use std::{
+    net::{SocketAddr, TcpStream},
+    os::fd::{AsRawFd, OwnedFd},
+};
+
+use dataplane_ebpf::abi::Stat;
+use dataplane_user::registry::change::Netns;
+use hitless_tests::lab::{
+    Pod, Topology,
+    net::{Family, connect, ip},
+};
+use nix::sys::socket::{SockaddrStorage, bind, setsockopt, sockopt};
+
+use crate::bench::{Bench, PORT, Server, exchange, hear, kind};
+
+/// A client socket on a port of our choice. The same port may be used towards different peers.
+fn socket_on(pod: &Pod, family: Family, port: u16) -> OwnedFd {
+    let at = SocketAddr::new(pod.addresses()[family as usize], port);
+    let socket = pod.place.socket(kind(at)).expect("a socket");
+    setsockopt(&socket, sockopt::ReuseAddr, &true).expect("an option");
+    bind(socket.as_raw_fd(), &SockaddrStorage::from(at)).expect("bind");
+    socket
+}
+
+fn connect_on(bench: &Bench, family: Family, port: u16) -> TcpStream {
+    connect(socket_on(&bench.client, family, port), Bench::service(family)).expect("connects")
+}
+
+fn backend(bench: &Bench, n: usize, family: Family) -> SocketAddr {
+    SocketAddr::new(bench.backends[n].addresses()[family as usize], PORT)
+}
+
+#[test]
+fn two_pods_move_flows_of_the_same_source_port_at_the_same_time() {
+    let mut bench = Bench::new(Topology::Bridge, &[1, 2]);
+    let _live = Server::start(&bench.backends[1], b'b');
+    let other = bench.lab.node(1).add_pod("other").expect("a pod");
+    bench.enroll(Netns::Path(other.netns_path().to_owned()), 0);
+    for family in Family::BOTH {
+        let to = Bench::service(family);
+        let mut one = connect(socket_on(&bench.client, family, 40_000), to).expect("connects");
+        let mut two = connect(socket_on(&other, family, 40_000), to).expect("connects");
+        assert_eq!((hear(&mut one), hear(&mut two)), (b'b', b'b'));
+        std::thread::scope(|scope| {
+            scope.spawn(|| exchange(&one, 4));
+            scope.spawn(|| exchange(&two, 4));
+        });
+    }
+    assert_eq!(bench.stat(Stat::ReboundRst), 4);
+}
+
+/// The client reuses a port at once: what was known of the flow before must not touch the next one.
+#[test]
+fn a_port_that_is_reused_starts_with_nothing() {
+    let bench = Bench::new(Topology::Bridge, &[1, 2]);
+    let live = Server::start(&bench.backends[1], b'b');
+    for family in Family::BOTH {
+        for round in 0..20 {
+            let mut stream = connect_on(&bench, family, 40_001);
+            assert_eq!(hear(&mut stream), b'b', "round {round}");
+            exchange(&stream, 1);
+            // Reset instead of TIME-WAIT: the tuple is free at once.
+            setsockopt(&stream, sockopt::Linger, &libc::linger { l_onoff: 1, l_linger: 0 }).expect("an option");
+        }
+    }
+    drop(live);
+    // The first backend is alive again: the same tuple is its own now.
+    let _first = Server::start(&bench.backends[0], b'a');
+    for family in Family::BOTH {
+        let moved = bench.stat(Stat::ReboundRst);
+        let mut stream = connect_on(&bench, family, 40_001);
+        assert_eq!(hear(&mut stream), b'a', "entries of the flow before must be forgotten");
+        exchange(&stream, 1);
+        assert_eq!(bench.stat(Stat::ReboundRst), moved);
+    }
+}
+
+/// A connection straight to the backend that a moved flow of the same port lives on: on the wire
+/// both would be one.
+#[test]
+fn a_connect_that_collides_with_a_moved_flow_is_moved_itself() {
+    let bench = Bench::new(Topology::Bridge, &[1, 2, 2]);
+    let servers = [(1, b'b'), (2, b'c')].map(|(n, name)| Server::start(&bench.backends[n], name));
+    for family in Family::BOTH {
+        let mut one = connect_on(&bench, family, 40_002);
+        let there = hear(&mut one);
+        let n = if there == b'b' { 1 } else { 2 };
+        // Named by address, so not ours to move: it must not disturb the flow that is there.
+        let socket = socket_on(&bench.client, family, 40_002);
+        let direct = backend(&bench, n, family);
+        let refused = std::thread::scope(|scope| {
+            let trying = scope.spawn(|| {
+                let timeout = libc::timeval { tv_sec: 1, tv_usec: 0 };
+                setsockopt(&socket, sockopt::SendTimeout, &timeout.into()).expect("an option");
+                nix::sys::socket::connect(socket.as_raw_fd(), &SockaddrStorage::from(direct))
+            });
+            exchange(&one, 4);
+            trying.join().expect("no panic")
+        });
+        assert!(refused.is_err(), "one tuple cannot be two connections");
+    }
+    assert_eq!(bench.stat(Stat::ReboundRst), 2);
+    drop(servers);
+}
+
+/// The other way round: the flow that is moved must not land on a tuple that is taken.
+#[test]
+fn a_flow_is_not_moved_onto_a_connection_that_the_client_has() {
+    let bench = Bench::new(Topology::Bridge, &[1, 2, 2]);
+    let _servers = [(1, b'b'), (2, b'c')].map(|(n, name)| Server::start(&bench.backends[n], name));
+    for family in Family::BOTH {
+        for round in 0..10 {
+            let port = 41_000 + round;
+            let to = backend(&bench, 1, family);
+            let mut direct = connect(socket_on(&bench.client, family, port), to).expect("connects");
+            assert_eq!(hear(&mut direct), b'b');
+            let mut moved = connect_on(&bench, family, port);
+            assert_eq!(hear(&mut moved), b'c', "the other backend's tuple is taken");
+            exchange(&direct, 1);
+            exchange(&moved, 1);
+        }
+    }
+}
+
+#[test]
+fn the_path_mtu_of_the_new_peer_reaches_the_socket() {
+    let bench = Bench::new(Topology::Routed, &[2, 2]);
+    let _live = Server::start(&bench.backends[1], b'b');
+    // Only the way from node 1 to the second backend is narrow: the router says so to the client.
+    let node = &bench.lab.node(1).host.netns;
+    for family in Family::BOTH {
+        let (to, via) =
+            (bench.backends[1].addresses()[family as usize], bench.lab.node(2).addresses()[family as usize]);
+        let prefix = family.host_prefix();
+        ip(Some(node), &format!("route add {to}/{prefix} via {via} dev eth0 mtu lock 1300\n")).expect("a route");
+        let mut stream = bench.connect(family).expect("connects");
+        assert_eq!(hear(&mut stream), b'b');
+        exchange(&stream, 4);
+    }
+    assert_eq!(bench.stat(Stat::ReboundRst), 2);
+}
