@@ -170,6 +170,8 @@ fn another_layout_is_filled_before_anything_moves_and_the_old_pins_go_after() {
     let mut first = scratch.open();
     write_all(&mut first.kernel, &service(1, 1..4));
     first.kernel.activate().expect("attaches");
+    let learned = |id, input| Change::Health { id, generation: 1, input };
+    write_all(&mut first.kernel, &[learned(2, Input::StopSignal), learned(3, Input::ListenerClosed)]);
     let before = scratch.directories();
     drop(first);
     let salted = Config { layout_salt: "next".into(), ..scratch.config() };
@@ -181,6 +183,8 @@ fn another_layout_is_filled_before_anything_moves_and_the_old_pins_go_after() {
     }
     let attached = second.kernel.activate().expect("moves the links");
     assert!(attached.iter().any(|(name, how)| *name == "hitless_connect4" && *how == kernel::Attached::Updated));
+    let states: Vec<_> = (1..4).map(|id| second.kernel.health(id).state()).collect();
+    assert_eq!(states, [State::Ready, State::Draining, State::Refusing], "what only the node knew is kept");
     let after = scratch.directories();
     assert_eq!(after.len(), before.len(), "{after:?}");
     let flows = |names: &[String]| names.iter().find(|name| name.starts_with("flows-")).cloned();

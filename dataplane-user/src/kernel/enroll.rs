@@ -9,8 +9,10 @@ use std::{
     path::PathBuf,
     sync::{
         Arc,
+        atomic::{AtomicBool, Ordering},
         mpsc::{Receiver, Sender, channel},
     },
+    thread::JoinHandle,
     time::Duration,
 };
 
@@ -120,7 +122,11 @@ pub struct Enroller {
     rounds: u64,
     /// Before activation jobs wait here.
     waiting: Option<Vec<Job>>,
-    jobs: Sender<Job>,
+    /// `None` only while it is dropped.
+    jobs: Option<Sender<Job>>,
+    worker: Option<JoinHandle<()>>,
+    /// The worker leaves the rest of its queue.
+    stop: Arc<AtomicBool>,
     outcomes: UnboundedSender<Outcome>,
     watching_links: bool,
     /// Where the next check goes on.
@@ -144,11 +150,13 @@ impl Enroller {
     ) -> Result<(Self, UnboundedReceiver<Outcome>), Error> {
         let (jobs, queue) = channel();
         let (outcomes, results) = unbounded_channel();
-        let worker = Interfaces::new(tcx, links.clone(), programs, maps.clone());
+        let interfaces = Interfaces::new(tcx, links.clone(), programs, maps.clone());
         let sender = outcomes.clone();
-        std::thread::Builder::new()
+        let stop = Arc::new(AtomicBool::new(false));
+        let stopped = stop.clone();
+        let worker = std::thread::Builder::new()
             .name("enroll".to_owned())
-            .spawn(move || work(&worker, &queue, &sender))
+            .spawn(move || work(&interfaces, &queue, &sender, &stopped))
             .map_err(|source| Error::Thread { what: "the thread that enters network namespaces", source })?;
         let enroller = Self {
             maps,
@@ -156,7 +164,9 @@ impl Enroller {
             pods: BTreeMap::new(),
             rounds: 0,
             waiting: Some(Vec::new()),
-            jobs,
+            jobs: Some(jobs),
+            worker: Some(worker),
+            stop,
             outcomes,
             watching_links: false,
             next_check: 0,
@@ -345,15 +355,19 @@ impl Enroller {
                 return (!told).then_some(Notice::Failed { pod, name, error });
             }
         };
+        let mut again = None;
         // A job that detaches from this very namespace came after this one: attach once more.
         if self.detaching.contains_key(&attachment.cookie) {
             let job = Job::Attach { enrollment: state.enrollment.clone(), round };
             self.checking += 1;
-            drop(self.jobs.send(job));
+            again = Some(job);
         }
         let first = !std::mem::replace(&mut state.attached, true) || std::mem::take(&mut state.failing);
         let before = state.cookie.replace(attachment.cookie);
         let moved = before.is_some_and(|before| before != attachment.cookie);
+        if let Some(job) = again {
+            self.send(job);
+        }
         let written = self.publish(attachment.cookie);
         if let Some(before) = before
             && moved
@@ -424,7 +438,7 @@ impl Enroller {
         match &mut self.waiting {
             Some(waiting) => waiting.push(job),
             // The worker ends with this sender: it cannot be gone before.
-            None => drop(self.jobs.send(job)),
+            None => drop(self.jobs.as_ref().map(|jobs| jobs.send(job))),
         }
     }
 
@@ -450,8 +464,22 @@ impl Enroller {
     }
 }
 
-fn work(interfaces: &Interfaces, jobs: &Receiver<Job>, outcomes: &UnboundedSender<Outcome>) {
+impl Drop for Enroller {
+    /// Waits for the job under way: nothing is pinned after the agent let go of its lock.
+    fn drop(&mut self) {
+        self.stop.store(true, Ordering::Relaxed);
+        self.jobs = None;
+        if let Some(worker) = self.worker.take() {
+            drop(worker.join());
+        }
+    }
+}
+
+fn work(interfaces: &Interfaces, jobs: &Receiver<Job>, outcomes: &UnboundedSender<Outcome>, stop: &AtomicBool) {
     for job in jobs {
+        if stop.load(Ordering::Relaxed) {
+            return;
+        }
         let done = match job {
             Job::Attach { enrollment, round } => {
                 Done::Attached { pod: enrollment.pod, round, result: interfaces.attach(&enrollment) }

@@ -12,6 +12,7 @@ pub mod object;
 
 pub(crate) mod btf;
 pub mod canary;
+mod carry;
 mod enroll;
 mod error;
 mod events;
@@ -160,6 +161,8 @@ pub struct Kernel {
     programs: load::Programs,
     enroll: enroll::Enroller,
     sweep: sweep::Sweep,
+    /// Until activation: maps of another layout that programs serve from.
+    before: Option<carry::Before>,
     /// Programs read the maps: this agent's, or those of the one before, whose maps it adopted.
     served: bool,
     active: bool,
@@ -184,6 +187,7 @@ impl Kernel {
         let logger = if ebpf.map("AYA_LOGS").is_some() { aya_log::EbpfLogger::init(&mut ebpf).ok() } else { None };
         let (enroll, outcomes) = enroll::Enroller::start(config.tcx, pins.links(), programs.clone(), maps.clone())?;
         let adopted = pins.adopted();
+        let before = if adopted { None } else { pins.other_state()?.and_then(|path| carry::Before::open(&path)) };
         let kernel = Self {
             cgroup,
             pins,
@@ -191,6 +195,7 @@ impl Kernel {
             programs,
             enroll,
             sweep: sweep::Sweep::default(),
+            before,
             served: adopted,
             active: false,
         };
@@ -201,7 +206,14 @@ impl Kernel {
     pub fn activate(&mut self) -> Result<Vec<(&'static str, Attached)>, Error> {
         self.enroll.prepare();
         self.pins.publish()?;
+        if let Some(before) = &self.before {
+            before.carry_over(&self.maps)?;
+        }
         let attached = links::attach_all(&self.programs, &self.cgroup, &self.pins.links())?;
+        if let Some(before) = self.before.take() {
+            // What the programs before learned while the links moved, one after the other.
+            before.carry_over(&self.maps)?;
+        }
         self.served = true;
         self.active = true;
         links::drop_foreign(&self.pins.links())?;

@@ -149,6 +149,16 @@ impl Pins {
         self.root.join(LINKS)
     }
 
+    /// Another layout's state maps, which programs may be serving from.
+    pub fn other_state(&self) -> Result<Option<PathBuf>, Error> {
+        let other = |name: &String| {
+            name != LINKS
+                && *name != self.state.name
+                && ![NEW, OLD, FLOWS].iter().any(|prefix| name.starts_with(prefix))
+        };
+        Ok(directories(&self.root)?.into_iter().find(other).map(|name| self.root.join(name)))
+    }
+
     /// Gives the filled directories their final names. Links of the agent before still serve from
     /// the maps they know.
     pub fn publish(&mut self) -> Result<(), Error> {
