@@ -284,6 +284,9 @@ impl Core {
             // The canary's: `status` tells what it proved.
             return;
         }
+        if matches!(event.kind, abi::EVENT_LISTENER_OPENED | abi::EVENT_LISTENER_CLOSED) {
+            self.kernel.recount(event.pod);
+        }
         let record = EventRow::new(event, &self.registry);
         if self.history.len() == HISTORY {
             self.history.pop_front();
