@@ -69,6 +69,8 @@ struct Stage<'a> {
     lab: Lab,
     control: ControlPlane,
     agents: Vec<Agent>,
+    /// Connections that the agents had rebound to prove their hooks.
+    canaries: u64,
     created: usize,
     deaths_us: Vec<u64>,
     late: Vec<JoinHandle<Result<()>>>,
@@ -83,6 +85,7 @@ pub(super) fn run(mode: Mode, options: &Options) -> Result<Run> {
         lab,
         control: ControlPlane::default(),
         agents: Vec::new(),
+        canaries: 0,
         created: 0,
         deaths_us: Vec::new(),
         late: Vec::new(),
@@ -143,7 +146,12 @@ impl Stage<'_> {
                 self.agents.push(agent);
             }
         }
+        self.canaries = self.rebound()?;
         Ok(())
+    }
+
+    fn rebound(&self) -> Result<u64> {
+        self.agents.iter().map(Agent::rebound).sum()
     }
 
     fn start_gateway(&self) -> Result<Gateway> {
@@ -228,7 +236,7 @@ impl Stage<'_> {
         let connects =
             text.lines().map(serde_json::from_str).collect::<Result<Vec<gateway::Record>, _>>().context("a connect")?;
         let connect = percentiles(connects.iter().filter(|c| c.outcome == "ok").map(|c| c.connect_us))?;
-        let rebound = self.agents.iter().map(Agent::rebound).sum::<Result<u64>>()?;
+        let rebound = self.rebound()? - self.canaries;
         Ok(Run {
             mode: self.mode,
             requests: summary.requests,

@@ -114,7 +114,7 @@ impl Agent {
     }
 }
 
-const REBOUND: [&str; 3] = ["rebinds_rst", "rebinds_icmp", "rebinds_silent"];
+pub(super) const REBOUND: [&str; 3] = ["rebinds_rst", "rebinds_icmp", "rebinds_silent"];
 
 /// Newline-delimited JSON events, each acknowledged when it is in force.
 pub struct Stream(Mutex<BufReader<UnixStream>>);

@@ -1,6 +1,7 @@
 //! The usual scene of a suite: two nodes with agents, a service with its pods, and a client's pod.
 
 use std::{
+    collections::BTreeMap,
     io::{self, Read, Write},
     net::{IpAddr, SocketAddr, TcpStream},
     time::Duration,
@@ -10,7 +11,7 @@ use anyhow::Result;
 use dataplane_user::model::{Protocol, Service, ServicePort};
 
 use super::{
-    Agent, AgentOptions, ControlPlane, Lab, LabSpec, Pod, Process, Topology,
+    Agent, AgentOptions, ControlPlane, Lab, LabSpec, Pod, Process, Topology, agent,
     control::{Serves, Terms},
     net::{self, Family},
     pod::Place,
@@ -44,6 +45,8 @@ pub struct Scene {
     /// On node 1.
     pub client: Pod,
     created: usize,
+    /// By agent, what its counters said when it was ready: its canaries count too.
+    before: BTreeMap<i32, BTreeMap<String, u64>>,
     pub lab: Lab,
 }
 
@@ -64,7 +67,8 @@ impl Scene {
         control.add_service(service(SERVICE, 1))?;
         let client = lab.node(1).add_pod("client")?;
         control.add_pod(&client, &Terms::default())?;
-        let mut scene = Self { agents: Vec::new(), control, webs: Vec::new(), client, created: 0, lab };
+        let mut scene =
+            Self { agents: Vec::new(), control, webs: Vec::new(), client, created: 0, before: BTreeMap::new(), lab };
         for index in 1..=scene.lab.nodes().len() {
             let options = AgentOptions { layers: spec.layers.clone(), args: spec.agent_args.clone() };
             scene.start_agent(index, options)?;
@@ -80,6 +84,7 @@ impl Scene {
     pub fn start_agent(&mut self, node: usize, options: AgentOptions) -> Result<()> {
         let agent = self.lab.node(node).start_agent(options)?;
         self.control.connect_agent(&agent)?;
+        self.before.insert(agent.process().pid(), agent.counters()?);
         self.agents.retain(|other| other.node != node);
         self.agents.push(agent);
         self.agents.sort_by_key(|agent| agent.node);
@@ -122,14 +127,19 @@ impl Scene {
         connect_from(&self.client.place, self.vip(family))
     }
 
-    /// Sum of a kernel counter over the agents.
+    /// Sum of a kernel counter over the agents, since they were ready.
     pub fn counter(&self, name: &str) -> Result<u64> {
-        let counts = self.agents.iter().map(|agent| Ok(agent.counters()?.get(name).copied().unwrap_or(0)));
-        counts.sum()
+        let mut sum = 0;
+        for agent in &self.agents {
+            let of = |counters: &BTreeMap<String, u64>| counters.get(name).copied().unwrap_or(0);
+            sum += of(&agent.counters()?) - self.before.get(&agent.process().pid()).map_or(0, of);
+        }
+        Ok(sum)
     }
 
+    /// Connections that were moved to another backend.
     pub fn rebound(&self) -> Result<u64> {
-        self.agents.iter().map(Agent::rebound).sum()
+        agent::REBOUND.iter().map(|name| self.counter(name)).sum()
     }
 }
 
