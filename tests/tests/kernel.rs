@@ -156,11 +156,11 @@ fn a_full_map_is_named_with_its_size_and_key_and_the_rest_is_written() {
     let rejected = opened.kernel.write(&changes);
     assert!(!rejected.is_empty() && rejected.len() <= 36, "{}", rejected.len());
     let text = rejected[0].error.to_string();
-    assert!(text.contains("SLOTS") && text.contains("64") && text.contains("sizes.slots"), "{text}");
+    assert!(text.contains("SLOTS") && text.contains("64") && text.contains("--sizes slots="), "{text}");
     assert!(matches!(changes[rejected[0].index], Change::PutSlot(..)));
     let rejected = opened.kernel.write(&[add_backend(128, 1), add_backend(120, 1)]);
     assert_eq!(rejected.len(), 1);
-    assert!(rejected[0].error.to_string().contains("sizes.backends"), "{}", rejected[0].error);
+    assert!(rejected[0].error.to_string().contains("--sizes backends="), "{}", rejected[0].error);
     assert_eq!(opened.kernel.health(120).state(), State::Ready);
 }
 
@@ -235,6 +235,10 @@ fn what_is_missing_is_named_with_its_remedy() {
     assert!(text.contains("mount -t bpf bpf") && text.contains("--bpffs"), "{text}");
     let text = refused(Config { cgroup: Some(directory.path().to_owned()), ..scratch.config() });
     assert!(text.contains("cgroup2") && text.contains("--cgroup"), "{text}");
+    let mut odd = scratch.config();
+    odd.sizes.events_bytes = 5000;
+    let text = refused(odd);
+    assert!(text.contains("eventsBytes=5000") && text.contains("power of two"), "{text}");
     let text = refused(Config { cgroup: Some("/nowhere".into()), ..scratch.config() });
     assert!(text.contains("/nowhere"), "{text}");
 }

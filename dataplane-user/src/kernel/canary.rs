@@ -42,7 +42,7 @@ const ENROLMENT: Duration = Duration::from_secs(30);
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
     #[error(
-        "the maps are too small for a canary; raise sizes.services above {RESERVED_SERVICES} and sizes.backends above {RESERVED_BACKENDS}"
+        "the maps are too small for a canary; raise --sizes services above {RESERVED_SERVICES} and backends above {RESERVED_BACKENDS}"
     )]
     NoRoom,
     #[error("the canary's cgroup {path}: {source}; the agent must be able to make cgroups there")]

@@ -9,12 +9,7 @@ use dataplane_ebpf::{
     health::{Health, Input, State},
 };
 
-use super::{
-    error::Error,
-    maps::Maps,
-    sys::{self, MappedArray},
-    writer,
-};
+use super::{error::Error, mapped::MappedArray, maps::Maps, sys, writer};
 
 /// The backends of an agent before, in maps that this agent does not adopt.
 #[derive(Debug)]

@@ -267,7 +267,7 @@ impl Enroller {
         let later = self.pods.range(self.next_check..).map(|(pod, _)| *pod);
         let pods: Vec<_> =
             later.chain(self.pods.range(..self.next_check).map(|(pod, _)| *pod)).take(PER_CHECK).collect();
-        self.next_check = pods.last().map_or(0, |pod| pod + 1);
+        self.next_check = pods.last().map_or(0, |pod| pod.wrapping_add(1));
         for pod in pods {
             self.recheck(pod);
         }

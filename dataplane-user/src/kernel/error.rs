@@ -36,10 +36,16 @@ pub enum Error {
     Attach { program: String, target: String, source: io::Error },
     #[error("map {map}: {doing} failed: {source}")]
     Map { map: &'static str, doing: &'static str, source: io::Error },
-    #[error("map {map} is full ({size} entries); raise {key} in the configuration and restart the agent")]
+    #[error(
+        "map {map} is full ({size} entries); raise it with --sizes {key}=N (`sizes` in the configuration file) and restart the agent"
+    )]
     MapFull { map: &'static str, size: u32, key: &'static str },
-    #[error("{map} has no element {id}, its size is {size}; raise {key} in the configuration and restart the agent")]
+    #[error(
+        "{map} has no element {id}, its size is {size}; raise it with --sizes {key}=N (`sizes` in the configuration file) and restart the agent"
+    )]
     OutOfRange { map: &'static str, id: u32, size: u32, key: &'static str },
+    #[error("--sizes {key}={size}: {wanted} is needed")]
+    Size { key: &'static str, size: u32, wanted: &'static str },
     #[error(
         "network namespace of pod {pod} ({path}): {source}; it left with its pod, or the source names the wrong path"
     )]

@@ -11,10 +11,7 @@ use aya::Pod;
 use dataplane_ebpf::abi;
 use serde::{Deserialize, Serialize};
 
-use super::{
-    error::Error,
-    sys::{self, MappedArray},
-};
+use super::{error::Error, mapped::MappedArray, sys};
 
 /// Most entries per map. A change makes a new layout: the agent fills new maps and moves over.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -50,23 +47,39 @@ impl Default for Sizes {
     }
 }
 
-/// A sized map: its name, and the configuration key that raises its size.
+/// A sized map: its name, and the key below `sizes` that raises it.
 pub const SIZED: &[(&str, &str)] = &[
-    ("FRONTENDS", "sizes.frontends"),
-    ("SERVICES", "sizes.services"),
-    ("SLOTS", "sizes.slots"),
-    ("BACKENDS", "sizes.backends"),
-    ("HEALTH", "sizes.backends"),
-    ("BACKEND_INDEX", "sizes.backends"),
-    ("PODS", "sizes.pods"),
-    ("LISTENERS", "sizes.listeners"),
-    ("AFFINITY", "sizes.affinity"),
-    ("SUSPECTS", "sizes.suspects"),
-    ("REBINDS", "sizes.rebinds"),
-    ("EVENTS", "sizes.eventsBytes"),
+    ("FRONTENDS", "frontends"),
+    ("SERVICES", "services"),
+    ("SLOTS", "slots"),
+    ("BACKENDS", "backends"),
+    ("HEALTH", "backends"),
+    ("BACKEND_INDEX", "backends"),
+    ("PODS", "pods"),
+    ("LISTENERS", "listeners"),
+    ("AFFINITY", "affinity"),
+    ("SUSPECTS", "suspects"),
+    ("REBINDS", "rebinds"),
+    ("EVENTS", "eventsBytes"),
 ];
 
 impl Sizes {
+    /// What the kernel would refuse with no more than "invalid argument".
+    pub fn check(&self) -> Result<(), Error> {
+        for (map, key) in SIZED {
+            let size = self.of(map).unwrap_or(0);
+            let wanted = match *map {
+                "EVENTS" if !size.is_power_of_two() || size < 4096 => "a power of two, at least 4096",
+                // Number 0 names nothing.
+                "SERVICES" | "BACKENDS" if size < 2 => "at least 2",
+                _ if size == 0 => "at least 1",
+                _ => continue,
+            };
+            return Err(Error::Size { key, size, wanted });
+        }
+        Ok(())
+    }
+
     /// The configured size of a map; `None`: it has but one.
     pub fn of(&self, map: &str) -> Option<u32> {
         Some(match map {
@@ -86,7 +99,7 @@ impl Sizes {
 }
 
 pub fn size_key(map: &str) -> &'static str {
-    SIZED.iter().find(|(name, _)| *name == map).map_or("its size", |(_, key)| key)
+    SIZED.iter().find(|(name, _)| *name == map).map_or("", |(_, key)| key)
 }
 
 /// A hash map by descriptor; clones share it.

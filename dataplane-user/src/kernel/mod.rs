@@ -20,6 +20,7 @@ mod interfaces;
 mod links;
 mod listeners;
 mod load;
+mod mapped;
 mod maps;
 mod netns;
 mod pins;
@@ -177,6 +178,7 @@ impl Kernel {
             None => cgroup2_root()?,
         };
         pins::check_cgroup2(&cgroup)?;
+        config.sizes.check()?;
         let definitions = pins::definitions(&config)?;
         let pins = pins::Pins::open(&config, &definitions)?;
         let (mut ebpf, programs) = load::load(&pins, &definitions)?;
