@@ -58,6 +58,11 @@ const fn programs_on(host: bool) -> [(Direction, &'static str, &'static str, Att
     [(Direction::Ingress, ingress, "in", Attach::TcxIngress), (Direction::Egress, egress, "out", Attach::TcxEgress)]
 }
 
+/// Every program that goes on interfaces.
+pub fn program_names() -> impl Iterator<Item = &'static str> {
+    [false, true].into_iter().flat_map(programs_on).map(|(_, name, _, _)| name)
+}
+
 impl Interfaces {
     pub fn new(tcx: Tcx, links: PathBuf, programs: Programs, maps: Arc<Maps>) -> Self {
         let tcx = tcx == Tcx::Auto && tcx_supported(&programs);
@@ -128,9 +133,17 @@ impl Interfaces {
     fn attach_clsact(&self, cookie: u64, host: bool, interface: &Interface) -> io::Result<Attached> {
         let index = interface.index;
         let mut attached = Attached::Updated;
-        if netns::add_clsact(index)? {
+        let ours = self.marker("tcq", cookie, index);
+        if !ours.exists() {
+            // Recorded before it is done: an agent killed in between leaves a record too many, which
+            // does no harm while others use the qdisc, and not a qdisc too many.
             let program = self.programs.get(programs_on(host)[0].1).ok_or(io::ErrorKind::NotFound)?;
-            links::pin_over(program, &self.marker("tcq", cookie, index))?;
+            links::pin_over(program, &ours)?;
+            if !netns::add_clsact(index)? {
+                links::unpin(&ours)?;
+            }
+        } else {
+            netns::add_clsact(index)?;
         }
         for (direction, name, suffix, _) in programs_on(host) {
             let program = self.programs.get(name).ok_or(io::ErrorKind::NotFound)?;

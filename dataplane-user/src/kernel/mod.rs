@@ -182,6 +182,10 @@ impl Kernel {
         let definitions = pins::definitions(&config)?;
         let pins = pins::Pins::open(&config, &definitions)?;
         let (mut ebpf, programs) = load::load(&pins, &definitions)?;
+        let wanted = links::HOOKS.iter().map(|(name, _)| *name).chain(interfaces::program_names());
+        if let Some(name) = wanted.into_iter().find(|name| programs.get(name).is_none()) {
+            return Err(Error::Missing { what: format!("program {name}") });
+        }
         let maps = Arc::new(maps::Maps::open(|name| pins.map(name), &config.sizes, true)?);
         maps.settings.set(0, config.settings);
         let events = Events::open(&pins.map("EVENTS"))?;
