@@ -17,7 +17,7 @@ use dataplane_ebpf::{
     health::State,
 };
 use dataplane_user::{
-    kernel::{Config, Kernel, Notice, Opened, default_settings},
+    kernel::{Config, Kernel, Notice, Opened, Tcx, default_settings},
     registry::change::{Change, Enrollment, Netns},
 };
 use hitless_tests::{
@@ -47,6 +47,10 @@ pub struct Bench {
 impl Bench {
     /// A client on node 1 and backends on the given nodes. Only L3 is on.
     pub fn new(topology: Topology, backends: &[usize]) -> Self {
+        Self::with(topology, backends, Tcx::Auto)
+    }
+
+    pub fn with(topology: Topology, backends: &[usize], tcx: Tcx) -> Self {
         let lab = Lab::new(LabSpec { nodes: 2, topology }).expect("a lab");
         let client = lab.node(1).add_pod("client").expect("a pod");
         let backends: Vec<Pod> = backends
@@ -57,6 +61,7 @@ impl Bench {
         let config = Config {
             cgroup: Some(lab.node(1).cgroup()),
             bpffs: lab.dir().join("bpf"),
+            tcx,
             settings: Settings { layers: LAYER_REBIND, ..default_settings() },
             ..Config::default()
         };

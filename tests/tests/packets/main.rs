@@ -2,5 +2,6 @@
 //! any other. Real sockets, real programs, real interfaces.
 
 mod bench;
+mod forged;
 mod moved;
 mod refused;
