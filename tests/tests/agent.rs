@@ -192,7 +192,7 @@ fn a_pod_whose_namespace_vanished_does_not_disturb_the_others() -> Result<()> {
         assert_eq!(servers(&scene, family), names(&["web-2", "web-3"]));
     }
     let web = scene.add_unannounced(1, "web-9")?;
-    scene.control.add_pod(&web.pod, &Terms { serves: serves("lab/echo"), ..Terms::default() })?;
+    scene.announce(&web.pod, &Terms { serves: serves("lab/echo"), ..Terms::default() })?;
     assert_eq!(servers(&scene, Family::V4), names(&["web-2", "web-3", "web-9"]));
     let direct = SocketAddr::new(web.pod.v4(), 7);
     assert_eq!(who(&mut connect_from(&scene.client.place, direct)?)?, "web-9");

@@ -71,7 +71,7 @@ fn after_sigterm_no_connect_goes_to_a_pod_that_still_listens() -> Result<()> {
     let pod = scene.lab.node(1).add_pod("slow")?;
     let args = ["server", "--name", "slow", "--echo-tcp", "[::]:7", "--echo-udp", "[::]:7", "--linger", "60000"];
     let slow = pod.workload(&args)?;
-    scene.control.add_pod(&pod, &Terms { serves: serves("lab/echo"), ..Terms::default() })?;
+    scene.announce(&pod, &Terms { serves: serves("lab/echo"), ..Terms::default() })?;
     assert_eq!(answers(&scene, scene.vip(Family::V4), 60).len(), 2);
     slow.sigterm()?;
     for family in Family::BOTH {
@@ -88,7 +88,7 @@ fn only_the_stop_signal_to_the_init_process_counts() -> Result<()> {
     let args = ["server", "--name", "quit", "--echo-tcp", "[::]:7", "--linger", "60000"];
     let server = pod.workload(&args)?;
     let terms = Terms { serves: serves("lab/echo"), stop_signals: vec!["QUIT".into()], ..Terms::default() };
-    scene.control.add_pod(&pod, &terms)?;
+    scene.announce(&pod, &terms)?;
     server.signal(nix::sys::signal::Signal::SIGCHLD)?;
     server.signal(nix::sys::signal::Signal::SIGTERM)?;
     assert_eq!(answers(&scene, scene.vip(Family::V4), 60).len(), 2, "SIGTERM is not this pod's stop signal");
@@ -119,7 +119,7 @@ fn one_of_several_listeners_closing_is_no_death() -> Result<()> {
     let args = ["server", "--name", "many", "--echo-tcp", "[::]:7", "--listeners", "3"];
     let first = pod.workload(&args)?;
     let _second = pod.workload(&args)?;
-    scene.control.add_pod(&pod, &Terms { serves: serves("lab/echo"), ..Terms::default() })?;
+    scene.announce(&pod, &Terms { serves: serves("lab/echo"), ..Terms::default() })?;
     first.sigkill()?;
     first.wait()?;
     assert_eq!(answers(&scene, scene.vip(Family::V4), 60).len(), 2);
@@ -203,7 +203,7 @@ fn weights_hold_also_when_a_backend_is_skipped() -> Result<()> {
     let mut webs = Vec::new();
     for (name, weight) in [("light", 1), ("heavy", 3), ("dead", 4)] {
         let web = scene.add_unannounced(1, name)?;
-        scene.control.add_pod(&web.pod, &Terms { serves: serves("lab/echo"), ..Terms::default() })?;
+        scene.announce(&web.pod, &Terms { serves: serves("lab/echo"), ..Terms::default() })?;
         let state = scene.control.snapshot(1);
         for mut backend in state.backends.into_iter().filter(|b| b.pod.as_deref() == Some(web.pod.name.as_str())) {
             backend.weight = weight;

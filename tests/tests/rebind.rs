@@ -170,7 +170,7 @@ fn a_connect_never_crosses_to_another_service() -> Result<()> {
     let scene = only_rebind(Topology::Bridge, &[1]);
     scene.control.add_service(service("lab/other", 2))?;
     let other = scene.add_unannounced(2, "other")?;
-    scene.control.add_pod(&other.pod, &Terms { serves: serves("lab/other"), ..Terms::default() })?;
+    scene.announce(&other.pod, &Terms { serves: serves("lab/other"), ..Terms::default() })?;
     kill(&scene.webs[0]);
     for _ in 0..OFTEN {
         assert_eq!(scene.connect(Family::V4).expect_err("dead").kind(), ErrorKind::ConnectionRefused);
@@ -192,7 +192,7 @@ fn a_pod_named_by_its_address_is_never_exchanged() {
 fn a_gateways_connect_to_a_dead_pod_is_rebound() -> Result<()> {
     let scene = only_rebind(Topology::Bridge, &[1, 2, 2]);
     let gateway = scene.lab.node(1).add_pod("gateway")?;
-    scene.control.add_pod(&gateway, &Terms { gateway: true, ..Terms::default() })?;
+    scene.announce(&gateway, &Terms { gateway: true, ..Terms::default() })?;
     kill(&scene.webs[1]);
     for address in scene.webs[1].pod.addresses() {
         let to = SocketAddr::new(address, PORT);
@@ -216,11 +216,11 @@ fn a_gateways_connect_moves_only_among_backends_that_share_every_service() -> Re
     for name in ["both-1", "both-2"] {
         let web = scene.add_unannounced(2, name)?;
         let serves = [serves(SERVICE), serves("lab/canary")].concat();
-        scene.control.add_pod(&web.pod, &Terms { serves, ..Terms::default() })?;
+        scene.announce(&web.pod, &Terms { serves, ..Terms::default() })?;
         both.push(web);
     }
     let gateway = scene.lab.node(1).add_pod("gateway")?;
-    scene.control.add_pod(&gateway, &Terms { gateway: true, ..Terms::default() })?;
+    scene.announce(&gateway, &Terms { gateway: true, ..Terms::default() })?;
     kill(&both[0]);
     for _ in 0..OFTEN {
         let mut stream = connect_from(&gateway.place, SocketAddr::new(both[0].pod.v4(), PORT))?;
@@ -237,7 +237,7 @@ fn a_gateways_connect_moves_only_among_backends_that_share_every_service() -> Re
 fn a_pod_that_is_not_enrolled_is_left_alone() -> Result<()> {
     let scene = only_rebind(Topology::Bridge, &[1, 2]);
     let stranger = scene.lab.node(1).add_pod("stranger")?;
-    scene.control.add_pod(&stranger, &Terms { gateway: true, not_enrolled: true, ..Terms::default() })?;
+    scene.announce(&stranger, &Terms { gateway: true, not_enrolled: true, ..Terms::default() })?;
     kill(&scene.webs[0]);
     let error = connect_from(&stranger.place, SocketAddr::new(scene.webs[0].pod.v4(), PORT)).expect_err("dead");
     assert_eq!(error.kind(), ErrorKind::ConnectionRefused);
@@ -252,7 +252,7 @@ fn pods_that_use_the_same_port_do_not_disturb_each_other() -> Result<()> {
     let others = [scene.lab.node(1).add_pod("client-2")?, scene.lab.node(1).add_pod("client-3")?];
     let mut streams = Vec::new();
     for pod in [&scene.client, &others[0], &others[1]] {
-        scene.control.add_pod(pod, &Terms::default())?;
+        scene.announce(pod, &Terms::default())?;
         for port in 40_000..40_020 {
             let socket = pod.place.socket(hitless_tests::workload::sockets::Kind::Tcp4)?;
             bind(&socket, SocketAddr::new(pod.v4(), port))?;

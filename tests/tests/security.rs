@@ -46,7 +46,7 @@ fn pending(family: Family) -> Result<Pending> {
     let agent_args = vec!["--syn-limit".to_owned(), "0".to_owned()];
     let scene = Scene::new(&SceneSpec { layers: "l3".into(), agent_args, ..SceneSpec::default() })?;
     let gateway = scene.lab.node(1).add_pod("gateway")?;
-    scene.control.add_pod(&gateway, &Terms { gateway: true, ..Terms::default() })?;
+    scene.announce(&gateway, &Terms { gateway: true, ..Terms::default() })?;
     let attacker = scene.lab.node(1).add_pod("attacker")?;
     let (tcp, raw) = match family {
         Family::V4 => (Kind::Tcp4, Kind::Raw4),

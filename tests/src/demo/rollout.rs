@@ -157,6 +157,9 @@ impl Stage<'_> {
     fn start_gateway(&self) -> Result<Gateway> {
         let pod = self.lab.node(1).add_pod("gateway")?;
         self.control.add_pod(&pod, &Terms { gateway: true, ..Terms::default() })?;
+        if let Some(agent) = self.agents.first() {
+            agent.wait_enrolled(&pod.name)?;
+        }
         let (control, records) = (pod.place.file("control.sock"), pod.place.file("records"));
         let listen = SocketAddr::new(pod.v4(), POD_PORT).to_string();
         let mut args = vec!["gateway", "--listen", &listen, "--control", text(&control)?, "--records", text(&records)?];

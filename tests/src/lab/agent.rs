@@ -7,7 +7,7 @@ use std::{
     path::{Path, PathBuf},
     process::Command,
     sync::Mutex,
-    time::Duration,
+    time::{Duration, Instant},
 };
 
 use anyhow::{Context, Result, bail};
@@ -106,6 +106,24 @@ impl Agent {
     /// Connections that were moved to another backend.
     pub fn rebound(&self) -> Result<u64> {
         Ok(self.counters()?.iter().filter(|(name, _)| REBOUND.contains(&name.as_str())).map(|(_, count)| count).sum())
+    }
+
+    /// Wait until a pod of this node is the programs' business. (An acknowledged event says that the
+    /// maps know of it; entering the pod's network namespace takes a moment more.)
+    pub fn wait_enrolled(&self, pod: &str) -> Result<()> {
+        let deadline = Instant::now() + Duration::from_secs(20);
+        loop {
+            let status = self.status()?;
+            let pods = status.get("pods").and_then(Value::as_array).context("no pods in hitless status")?;
+            let row = pods.iter().find(|row| row["name"] == pod);
+            if row.is_some_and(|row| row["enrolled"] == true) {
+                return Ok(());
+            }
+            if Instant::now() > deadline {
+                bail!("pod {pod} was not enrolled within 20 s: {row:?}\n{}", self.process.log());
+            }
+            std::thread::sleep(Duration::from_millis(5));
+        }
     }
 
     pub fn kill9(&self) -> Result<()> {

@@ -106,8 +106,17 @@ impl Scene {
         self.created += 1;
         let name = format!("web-{}", self.created);
         let web = self.add_unannounced(node, &name)?;
-        self.control.add_pod(&web.pod, &Terms { serves: serves(SERVICE), ..Terms::default() })?;
+        self.announce(&web.pod, &Terms { serves: serves(SERVICE), ..Terms::default() })?;
         Ok(web)
+    }
+
+    /// Tell all of the pod, and wait until it is enrolled.
+    pub fn announce(&self, pod: &Pod, terms: &Terms) -> Result<()> {
+        self.control.add_pod(pod, terms)?;
+        match self.agents.iter().find(|agent| agent.node == pod.node) {
+            Some(agent) if !terms.not_enrolled && agent.process().running() => agent.wait_enrolled(&pod.name),
+            _ => Ok(()),
+        }
     }
 
     /// A pod with a server that no service has.
