@@ -186,6 +186,9 @@ pub struct AffinityKey {
 pub struct Affinity {
     pub backend: u32,
     pub generation: u32,
+    /// Its slot then: where to look first whether it still is one of the service's.
+    pub slot: u32,
+    pub _pad: u32,
     /// `CLOCK_MONOTONIC`, ns.
     pub last_used_ns: u64,
 }
@@ -302,6 +305,8 @@ pub struct UdpPeer {
     pub service: ServiceId,
     pub backend: u32,
     pub generation: u32,
+    /// As in [`Affinity`].
+    pub slot: u32,
     /// Kept when the backend was replaced: replies under way still find their service.
     pub stale: u32,
 }
@@ -543,12 +548,12 @@ sizes! {
     Pod = 24,
     ListenerKey = 32,
     AffinityKey = 16,
-    Affinity = 16,
+    Affinity = 24,
     SuspectKey = 16,
     Suspects = 16,
     Socket = 160,
-    UdpPeer = 56,
-    UdpSocket = 456,
+    UdpPeer = 60,
+    UdpSocket = 488,
     FlowKey = 36,
     Rebind = 40,
     Settings = 32,

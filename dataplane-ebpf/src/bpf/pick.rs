@@ -18,6 +18,7 @@ pub struct Picked {
     pub generation: u32,
     /// What it was taken as. [`Class::Probe`]: this connect is the one that probes it.
     pub class: Class,
+    pub slot: u32,
     pub at: Endpoint,
 }
 
@@ -41,13 +42,14 @@ pub fn pick(
         backend: 0,
         generation: 0,
         class: Class::Stale as u32,
+        slot: 0,
         at: Endpoint::default(),
     };
     if hitless_choose(&raw mut choice) == 0 {
         return None;
     }
-    let Choice { backend, generation, class, at, .. } = choice;
-    Some(Picked { backend, generation, class: Class::from_u32(class), at })
+    let Choice { backend, generation, class, slot, at, .. } = choice;
+    Some(Picked { backend, generation, class: Class::from_u32(class), slot, at })
 }
 
 /// Question and answer of [`hitless_choose`], on the caller's stack: a subprogram takes few arguments.
@@ -63,11 +65,12 @@ pub struct Choice {
     generation: u32,
     /// A [`Class`].
     class: u32,
+    slot: u32,
     at: Endpoint,
 }
 
 // Before 6.3 a function may not be passed memory that was never written: no padding.
-const _: () = assert!(size_of::<Choice>() == 80);
+const _: () = assert!(size_of::<Choice>() == 84);
 
 /// Fills in the answer and returns 1, or 0.
 ///
@@ -101,6 +104,7 @@ pub extern "C" fn hitless_choose(choice: *mut Choice) -> u32 {
             }
             if seen.class() == LIVE || (seen.class() == PROBE && win_probe(seen, now, choice.suspect_ticks)) {
                 chosen = seen;
+                choice.slot = index;
                 break;
             }
             skipped = 1;
@@ -133,7 +137,7 @@ pub extern "C" fn hitless_choose(choice: *mut Choice) -> u32 {
 
 /// The best of up to [`SCAN`] slots from a random one on.
 #[inline(always)]
-fn scan(choice: &Choice, ready: u32, total: u32, now: u32) -> Seen {
+fn scan(choice: &mut Choice, ready: u32, total: u32, now: u32) -> Seen {
     let start = choose::pick(random(), total);
     let mut best = 0;
     let mut chosen = Seen::NONE;
@@ -149,6 +153,7 @@ fn scan(choice: &Choice, ready: u32, total: u32, now: u32) -> Seen {
         best = hitless_offer(best, seen);
         if best & TAKEN != 0 {
             chosen = Seen(seen);
+            choice.slot = index;
         }
     }
     chosen
@@ -264,6 +269,40 @@ pub fn probe(settings: &Settings, backend: u32, generation: u32, now: u32) -> bo
 #[inline(always)]
 fn win_probe(seen: Seen, now: u32, suspect_ticks: u32) -> bool {
     hitless_win_probe(seen.backend(), seen.generation(), now, suspect_ticks) != 0
+}
+
+/// No slot.
+pub const NO_SLOT: u32 = u32::MAX;
+
+/// The slot of `service` that names the backend: `likely`, or else one of the first [`SCAN`].
+/// [`NO_SLOT`]: the service has it no more, as far as that tells.
+#[unsafe(no_mangle)]
+#[inline(never)]
+pub extern "C" fn hitless_slot_of(service: ServiceId, backend: u32, likely: u32) -> u32 {
+    let Some(entry) = SERVICES.get_ptr(service) else { return NO_SLOT };
+    // SAFETY: checked by the verifier.
+    let entry = unsafe { cell::read(entry) };
+    let total = entry.ready + entry.terminating;
+    if likely < total && names(service, likely, backend) {
+        return likely;
+    }
+    for index in 0..SCAN {
+        if index >= total {
+            break;
+        }
+        if names(service, index, backend) {
+            return index;
+        }
+    }
+    NO_SLOT
+}
+
+#[inline(always)]
+fn names(service: ServiceId, index: u32, backend: u32) -> bool {
+    let Some(slot) = SLOTS.get_ptr(SlotKey { service, index }) else { return false };
+    // SAFETY: checked by the verifier.
+    let slot = unsafe { cell::read(slot) };
+    slot.service == service && slot.backend == backend
 }
 
 /// A backend's health word.

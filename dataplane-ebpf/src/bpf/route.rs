@@ -12,7 +12,7 @@ use dataplane_ebpf::{
 use crate::{
     cell,
     maps::{AFFINITY, BACKEND_INDEX, FRONTENDS, SERVICES, count},
-    pick::{backend, health, pick, probe},
+    pick::{NO_SLOT, backend, health, hitless_slot_of, pick, probe},
 };
 
 /// Where it goes.
@@ -22,6 +22,7 @@ pub struct Route {
     pub service: ServiceId,
     pub backend: u32,
     pub generation: u32,
+    pub slot: u32,
     /// `SOCKET_*`.
     pub flags: u32,
     pub at: Endpoint,
@@ -39,6 +40,8 @@ pub struct Client<'a> {
 pub struct Present {
     pub backend: u32,
     pub generation: u32,
+    /// The service's slot that named it.
+    pub slot: u32,
 }
 
 /// The service that `to` is a frontend of.
@@ -68,7 +71,7 @@ pub fn gateway_target(client: &Client<'_>, to: &Endpoint) -> Option<(Service, Pr
         return None;
     }
     let group = service(backend.group)?;
-    (group.flags & SERVICE_PINNED == 0).then_some((group, Present { backend: id, generation }))
+    (group.flags & SERVICE_PINNED == 0).then_some((group, Present { backend: id, generation, slot: 0 }))
 }
 
 #[inline(always)]
@@ -88,7 +91,14 @@ pub fn route(client: &Client<'_>, service: &Service, present: Present, direct: b
     let now = ticks(now_ns);
     let key = AffinityKey { netns_cookie: client.netns_cookie, service: service.id, _pad: 0 };
     let sticky = present.backend == 0 && service.affinity_s != 0;
-    let present = if sticky { remembered(&key, service.affinity_s, now_ns) } else { present };
+    let mut present = if sticky { remembered(&key, service.affinity_s, now_ns) } else { present };
+    // A pod that is alive but not ready has left the service. A gateway that names one knows why.
+    if present.backend != 0 && !direct {
+        present.slot = hitless_slot_of(service.id, present.backend, present.slot);
+        if present.slot == NO_SLOT {
+            present = Present::default();
+        }
+    }
     let class = match health(present.backend) {
         Some(word) if present.backend != 0 => word.seen(present.generation, now, settings.layers, false),
         _ => Class::Stale,
@@ -111,7 +121,7 @@ pub fn route(client: &Client<'_>, service: &Service, present: Present, direct: b
         match pick(settings, service.id, &tried, &Addr([0; 4]), true) {
             // An equal is no reason to leave: datagrams would alternate between two draining backends.
             Some(picked) if (picked.class as u8) < class as u8 => {
-                chosen = Present { backend: picked.backend, generation: picked.generation };
+                chosen = Present { backend: picked.backend, generation: picked.generation, slot: picked.slot };
                 taken_as = picked.class;
             }
             _ if !matches!(class, Class::Stale) => {}
@@ -120,7 +130,8 @@ pub fn route(client: &Client<'_>, service: &Service, present: Present, direct: b
     }
     let at = backend(chosen.backend, chosen.generation)?.at;
     if service.affinity_s != 0 {
-        let entry = Affinity { backend: chosen.backend, generation: chosen.generation, last_used_ns: now_ns };
+        let Present { backend, generation, slot } = chosen;
+        let entry = Affinity { backend, generation, slot, _pad: 0, last_used_ns: now_ns };
         if AFFINITY.insert(key, entry, u64::from(BPF_ANY)).is_err() {
             count(Stat::MapFull);
         }
@@ -137,6 +148,7 @@ pub fn route(client: &Client<'_>, service: &Service, present: Present, direct: b
         service: if pinned { 0 } else { service.id },
         backend: chosen.backend,
         generation: chosen.generation,
+        slot: chosen.slot,
         flags,
         at,
     })
@@ -151,5 +163,5 @@ fn remembered(key: &AffinityKey, affinity_s: u32, now_ns: u64) -> Present {
     if now_ns.wrapping_sub(entry.last_used_ns) > u64::from(affinity_s) * 1_000_000_000 {
         return Present::default();
     }
-    Present { backend: entry.backend, generation: entry.generation }
+    Present { backend: entry.backend, generation: entry.generation, slot: entry.slot }
 }

@@ -88,7 +88,9 @@ fn stay(stored: &Socket) {
     let key = AffinityKey { netns_cookie: stored.netns_cookie, service: stored.service, _pad: 0 };
     // SAFETY: a helper without arguments.
     let now = unsafe { bpf_ktime_get_ns() };
-    let entry = Affinity { backend: stored.backend, generation: stored.generation, last_used_ns: now };
+    let Socket { backend, generation, .. } = *stored;
+    // The next connect looks for the slot itself.
+    let entry = Affinity { backend, generation, slot: 0, _pad: 0, last_used_ns: now };
     if AFFINITY.insert(key, entry, u64::from(BPF_ANY)).is_err() {
         count(Stat::MapFull);
     }

@@ -50,7 +50,7 @@ pub fn receive(ctx: &SockAddrContext, family: Family) {
 fn present(sock: &UdpSocket, to: &Endpoint) -> Present {
     for peer in &sock.peers {
         if peer.service_at == *to && peer.stale == 0 && peer.backend != 0 {
-            return Present { backend: peer.backend, generation: peer.generation };
+            return Present { backend: peer.backend, generation: peer.generation, slot: peer.slot };
         }
     }
     Present::default()
@@ -84,6 +84,7 @@ pub fn remember(ctx: &SockAddrContext, original: &Endpoint, route: &Route) {
         service: route.service,
         backend: route.backend,
         generation: route.generation,
+        slot: route.slot,
         stale: 0,
     };
 }

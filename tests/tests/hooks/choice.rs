@@ -154,6 +154,27 @@ fn affinity_holds_while_the_backend_lives_and_until_its_time_is_over() {
     assert!(free, "affinity never ended");
 }
 
+#[test]
+fn affinity_ends_when_the_backend_leaves_the_service_alive() {
+    let mut node = Node::new(0, |_| {});
+    let service = node.serve_with("10.96.0.1:80", TCP, &FOUR, |service, _| service.affinity_s = 600);
+    node.inside(|| FOUR.into_iter().for_each(greeter));
+    let first = shares(&node, &service, 1).into_keys().next().expect("one backend");
+    let index = FOUR.iter().position(|at| *at == first).expect("its index");
+    // Swapped with the last slot, as the registry takes one out. What moves to its place stays known.
+    let Service { id, ready, .. } = service.service;
+    let last = service.backends[3];
+    let slot = Slot { backend: last.0, generation: last.1.generation, service: id, weight: 1 };
+    node.write(&[
+        Change::PutSlot(SlotKey { service: id, index: index as u32 }, slot),
+        Change::PutService(Service { ready: ready - 1, ..service.service }),
+        Change::DeleteSlot(SlotKey { service: id, index: ready - 1 }),
+    ]);
+    let got = shares(&node, &service, 50);
+    assert_eq!(got.len(), 1, "{got:?}");
+    assert!(!got.contains_key(&first), "it is not ready any more");
+}
+
 /// The backends are one group, as the registry makes it for backends that share all services.
 fn group(node: &mut Node, service: &Served, flags: u32) {
     let id = node.next_service();

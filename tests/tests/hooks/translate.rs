@@ -8,7 +8,7 @@ use std::{
 };
 
 use dataplane_ebpf::{
-    abi::{PROTO_UDP, SERVICE_PINNED, Stat},
+    abi::{PROTO_UDP, SERVICE_PINNED, Service, Slot, SlotKey, Stat},
     health::Input,
 };
 use dataplane_user::registry::change::Change;
@@ -179,6 +179,32 @@ fn a_udp_socket_leaves_a_backend_that_refuses_and_still_hears_its_late_replies()
     backends[left].send_to(b"late", client).expect("send");
     let (n, from) = socket.recv_from(&mut buffer).expect("the late reply");
     assert_eq!((&buffer[..n], from), (&b"late"[..], service.at));
+}
+
+#[test]
+fn a_udp_socket_leaves_a_backend_that_has_left_the_service() {
+    let mut node = Node::new(0, |_| {});
+    let ats = ["10.99.0.1:5353", "10.99.0.2:5353"];
+    let service = node.serve("10.96.0.2:53", PROTO_UDP, &ats);
+    let socket = node.inside(|| {
+        ats.into_iter().for_each(echo);
+        UdpSocket::bind("0.0.0.0:0").expect("bind")
+    });
+    socket.set_read_timeout(Some(Duration::from_secs(5))).expect("a timeout");
+    let ask = || {
+        let mut buffer = [0; 64];
+        socket.send_to(b"?", service.at).expect("send");
+        let (n, _) = socket.recv_from(&mut buffer).expect("a reply");
+        String::from_utf8_lossy(&buffer[..n]).into_owned()
+    };
+    let first = ask();
+    let stays = service.backends[usize::from(first == ats[0])];
+    let slot = Slot { backend: stays.0, generation: stays.1.generation, service: service.service.id, weight: 1 };
+    node.write(&[
+        Change::PutSlot(SlotKey { service: service.service.id, index: 0 }, slot),
+        Change::PutService(Service { ready: 1, ..service.service }),
+    ]);
+    assert_ne!(ask(), first);
 }
 
 #[test]
