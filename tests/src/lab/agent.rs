@@ -71,6 +71,11 @@ impl Agent {
         &self.process
     }
 
+    /// Its stream source.
+    pub fn stream_path(&self) -> &Path {
+        &self.source
+    }
+
     /// A connection to its stream source.
     pub fn connect(&self) -> Result<Stream> {
         Stream::connect(&self.source)

@@ -1,0 +1,117 @@
+//! The figures: how fast each promise is kept, beside what the same thing costs without hitless.
+//!
+//! Both sides of a ratio are measured in turn within the same seconds, and reported as medians: on a
+//! machine that others use too, only that says anything. Everything runs in network namespaces that
+//! the lab made, with the real agent.
+
+pub mod bpf;
+mod events;
+mod feed;
+pub mod figure;
+mod flip;
+mod flows;
+mod hook;
+mod race;
+mod replay;
+pub mod rig;
+mod sample;
+mod scale;
+mod wire;
+pub mod worker;
+
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result};
+
+use self::{figure::Figure, figure::Report, rig::Rig};
+
+/// How much of each.
+#[derive(Clone, Debug)]
+pub struct Plan {
+    /// Of connects, medians over them.
+    pub rounds: u32,
+    /// Connects per round.
+    pub connects: u32,
+    pub flips: u32,
+    pub signals: u32,
+    pub events: u32,
+    /// Connects per round that are replayed until nothing is left.
+    pub replays: u32,
+    /// Connects that meet a silent backend.
+    pub silent: u32,
+    pub flow_rounds: u32,
+    /// Milliseconds of bulk transfer per round.
+    pub bulk_ms: u64,
+    /// Round trips per round.
+    pub pings: u32,
+    pub deletions: u32,
+    pub churn: Duration,
+}
+
+impl Plan {
+    pub fn full() -> Self {
+        Self {
+            rounds: 15,
+            connects: 300,
+            flips: 5_000,
+            signals: 2_000,
+            events: 2_000,
+            replays: 100,
+            silent: 20,
+            flow_rounds: 15,
+            bulk_ms: 250,
+            pings: 2_000,
+            deletions: 500,
+            churn: Duration::from_secs(10),
+        }
+    }
+
+    pub fn quick() -> Self {
+        Self {
+            rounds: 5,
+            connects: 100,
+            flips: 500,
+            signals: 200,
+            events: 200,
+            replays: 30,
+            silent: 3,
+            flow_rounds: 3,
+            bulk_ms: 150,
+            pings: 500,
+            deletions: 50,
+            churn: Duration::from_secs(2),
+        }
+    }
+}
+
+type Measure = fn(&mut Rig, &Plan) -> Result<Vec<Figure>>;
+
+/// The groups of figures, in order: flows before anything is rebound.
+const GROUPS: &[(&str, Measure)] = &[
+    ("hook", hook::measure),
+    ("flip", flip::measure),
+    ("events", events::measure),
+    ("flows", flows::measure),
+    ("replay", replay::measure),
+    ("scale", scale::measure),
+];
+
+pub fn groups() -> impl Iterator<Item = &'static str> {
+    GROUPS.iter().map(|(name, _)| *name)
+}
+
+/// Measures the groups that are named, or all.
+pub fn run(only: &[String], plan: &Plan) -> Result<Report> {
+    let mut report = Report::default();
+    let wanted: Vec<_> =
+        GROUPS.iter().filter(|(name, _)| only.is_empty() || only.iter().any(|only| only == name)).collect();
+    let start = Instant::now();
+    eprintln!("bench: building the lab");
+    let mut rig = Rig::new().context("build the lab")?;
+    for (number, (name, measure)) in wanted.iter().enumerate() {
+        eprintln!("bench: [{}/{}] {name} ({:.0} s so far)", number + 1, wanted.len(), start.elapsed().as_secs_f64());
+        report.figures.extend(measure(&mut rig, plan).with_context(|| format!("measure {name}"))?);
+    }
+    eprintln!("bench: done in {:.0} s", start.elapsed().as_secs_f64());
+    Ok(report)
+}
