@@ -320,7 +320,9 @@ pub struct UdpSocket {
     pub peers: [UdpPeer; UDP_PEERS],
 }
 
-/// `REBINDS` key: a TCP flow as seen from the client's interface, whichever way a packet goes.
+/// `REBINDS` key: a TCP flow as the client's packets name it, from the client to a peer. What comes
+/// back is looked up by [`FlowKey::reversed`]: on the way out a key is what the socket says, on
+/// the way in what is on the wire, and one peer may be both, of two flows.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
 pub struct FlowKey {
@@ -330,9 +332,21 @@ pub struct FlowKey {
     pub peer_port_be: u16,
 }
 
-/// `REBINDS` value. A flow that was moved from D1 to D2 has two entries:
-/// (client, D1) → [`ROLE_FORWARD`] to D2 and (client, D2) → [`ROLE_REVERSE`] to D1.
-/// A packet from D1 finds the forward entry and is stale; so is one from a [`ROLE_STALE`] peer.
+impl FlowKey {
+    /// The key of the packets that come back.
+    #[inline(always)]
+    pub const fn reversed(&self) -> Self {
+        Self {
+            client: self.peer,
+            peer: self.client,
+            client_port_be: self.peer_port_be,
+            peer_port_be: self.client_port_be,
+        }
+    }
+}
+
+/// `REBINDS` value. A flow that was moved from D1 to D2 has three entries: client → D1 is
+/// [`ROLE_FORWARD`] to D2, D2 → client is [`ROLE_REVERSE`] to D1, and D1 → client is [`ROLE_STALE`].
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Rebind {
@@ -355,7 +369,7 @@ pub struct Rebind {
 pub const ROLE_FORWARD: u8 = 1;
 /// Present peer → client: rewrite the source.
 pub const ROLE_REVERSE: u8 = 2;
-/// A peer that was tried and left: whatever it still says is dropped.
+/// From a peer that was tried and left: dropped.
 pub const ROLE_STALE: u8 = 3;
 
 pub const REBIND_FIN_CLIENT: u8 = 1 << 0;

@@ -30,13 +30,14 @@ pub enum Verdict {
     Drop,
 }
 
-/// The verdict on a packet (other than a SYN) whose (client, peer) has an entry of `role`; 0 is no entry.
+/// The verdict on a packet (other than a SYN) whose key has an entry of `role`; 0 is no entry. A pod that is
+/// client and backend at once meets keys of others' flows the wrong way round: nothing to it.
 #[inline(always)]
 pub const fn verdict(role: u8, way: Way) -> Verdict {
     match (way, role) {
         (Way::Out, ROLE_FORWARD) => Verdict::ToPresent,
         (Way::In, ROLE_REVERSE) => Verdict::FromFirst,
-        (Way::In, ROLE_FORWARD | ROLE_STALE) => Verdict::Drop,
+        (Way::In, ROLE_STALE) => Verdict::Drop,
         _ => Verdict::Pass,
     }
 }
@@ -109,7 +110,7 @@ mod tests {
     fn each_role_has_one_verdict_either_way() {
         for (role, out, back) in [
             (0, Verdict::Pass, Verdict::Pass),
-            (ROLE_FORWARD, Verdict::ToPresent, Verdict::Drop),
+            (ROLE_FORWARD, Verdict::ToPresent, Verdict::Pass),
             (ROLE_REVERSE, Verdict::Pass, Verdict::FromFirst),
             (ROLE_STALE, Verdict::Pass, Verdict::Drop),
         ] {

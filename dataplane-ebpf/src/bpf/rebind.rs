@@ -8,8 +8,8 @@ use core::intrinsics::{AtomicOrdering, atomic_cxchg, atomic_xadd};
 use dataplane_ebpf::{
     abi::{
         CAUSE_COLLISION, CAUSE_ICMP, CAUSE_RST, EVENT_EXHAUSTED, EVENT_REBOUND, Endpoint, Event, FlowKey, LAYER_REBIND,
-        MAX_TRIES, REBIND_NODE, ROLE_FORWARD, ROLE_REVERSE, ROLE_STALE, Rebind, SERVICE_PINNED, SOCKET_ESTABLISHED,
-        SOCKET_PROBE, SOCKET_REBOUND, Socket, Stat,
+        MAX_TRIES, PROTO_TCP, REBIND_NODE, REBIND_RST, ROLE_FORWARD, ROLE_REVERSE, ROLE_STALE, Rebind, SERVICE_PINNED,
+        SOCKET_ESTABLISHED, SOCKET_PROBE, SOCKET_REBOUND, Socket, Stat,
     },
     flow::{Way, closing},
     health::Class,
@@ -57,10 +57,10 @@ pub fn any_rebound() -> bool {
     }
 }
 
-/// The entry of (client, peer), if any flow is moved at all; the node's, or the pods'.
+/// The entry of a key, if any flow is moved at all; the node's, or the pods'.
 #[inline(always)]
-pub fn entry(flow: &FlowKey, node: bool) -> Option<*mut Rebind> {
-    let found = if any_rebound() { REBINDS.get_ptr_mut(flow)? } else { return None };
+pub fn entry(key: &FlowKey, node: bool) -> Option<*mut Rebind> {
+    let found = if any_rebound() { REBINDS.get_ptr_mut(key)? } else { return None };
     // SAFETY: checked by the verifier.
     let nodes = unsafe { cell::read(&raw const (*found).closing) } & REBIND_NODE != 0;
     if nodes == node { Some(found) } else { None }
@@ -84,43 +84,71 @@ pub fn with_peer(flow: &FlowKey, peer: &Endpoint) -> FlowKey {
     FlowKey { client: flow.client, peer: peer.addr, client_port_be: flow.client_port_be, peer_port_be: peer.port_be }
 }
 
-/// Writes down that a packet of the flow passed.
+/// Writes down that a packet of the flow passed. `to` is the other half of the entry.
 #[inline(always)]
-pub fn touch(entry: *mut Rebind, way: Way, segment: &Segment) {
-    // SAFETY: a helper without arguments.
-    let now = unsafe { bpf_ktime_get_coarse_ns() };
-    // SAFETY: checked by the verifier; a lost race costs a second or one flag, which the next packet repeats.
+pub fn touch(entry: *mut Rebind, way: Way, segment: &Segment, to: &Endpoint) {
+    touch_time(entry);
+    // SAFETY: checked by the verifier; a lost race costs a flag, which the next packet repeats.
     unsafe {
-        if now.wrapping_sub(cell::read(&raw const (*entry).last_seen_ns)) > TOUCH_NS {
-            (&raw mut (*entry).last_seen_ns).write_volatile(now);
-        }
         let before = cell::read(&raw const (*entry).closing);
         let after = closing(before, way, segment.flags, segment.payload != 0);
         if after != before {
             (&raw mut (*entry).closing).write_volatile(after);
+            hitless_mirror(&raw const segment.flow, to, u32::from(matches!(way, Way::In)), u32::from(after));
         }
     }
 }
 
-/// Forgets an entry and the other half of its flow, on the word of a new connect on the same ports.
+/// Writes down when a packet passed.
+#[inline(always)]
+pub fn touch_time(entry: *mut Rebind) {
+    // SAFETY: a helper without arguments; the pointer is checked by the verifier.
+    unsafe {
+        let now = bpf_ktime_get_coarse_ns();
+        if now.wrapping_sub(cell::read(&raw const (*entry).last_seen_ns)) > TOUCH_NS {
+            (&raw mut (*entry).last_seen_ns).write_volatile(now);
+        }
+    }
+}
+
+/// Writes `closing` into the other half of an entry, so that either tells whether the flow has ended.
 #[unsafe(no_mangle)]
 #[inline(never)]
-pub extern "C" fn hitless_forget(flow: *const FlowKey) -> u32 {
+extern "C" fn hitless_mirror(flow: *const FlowKey, to: *const Endpoint, incoming: u32, closing: u32) -> u32 {
+    // SAFETY: the verifier checks what callers pass.
+    let (Some(flow), Some(to)) = (unsafe { (flow.as_ref(), to.as_ref()) }) else { return 0 };
+    let mut key = with_peer(flow, to);
+    if incoming == 0 {
+        key = key.reversed();
+    }
+    let Some(other) = REBINDS.get_ptr_mut(key) else { return 0 };
+    // SAFETY: checked by the verifier; one byte.
+    unsafe { (&raw mut (*other).closing).write_volatile(closing as u8) };
+    1
+}
+
+/// Forgets an entry of `flow`, on the way out or, with `incoming`, on the way in, together with its other half.
+#[unsafe(no_mangle)]
+#[inline(never)]
+pub extern "C" fn hitless_forget(flow: *const FlowKey, incoming: u32) -> u32 {
     // SAFETY: the verifier checks what callers pass.
     let Some(flow) = (unsafe { flow.as_ref() }) else { return 0 };
     // Before 6.2 a key must be on the stack.
-    let key = *flow;
-    let (mut to, mut back) = (Endpoint::default(), Endpoint::default());
+    let mut key = if incoming != 0 { flow.reversed() } else { *flow };
+    let mut to = Endpoint::default();
     let (role, isn) = describe(REBINDS.get_ptr_mut(key), &mut to);
     if role == 0 {
         return 0;
     }
-    let other = with_peer(flow, &to);
-    let (other_role, other_isn) = describe(REBINDS.get_ptr_mut(other), &mut back);
     // Gone already is as good.
     let _ = REBINDS.remove(key);
-    if other_role != 0 && other_isn == isn && back.addr == flow.peer && back.port_be == flow.peer_port_be {
-        let _ = REBINDS.remove(other);
+    key = with_peer(flow, &to);
+    if incoming == 0 {
+        key = key.reversed();
+    }
+    let (other_role, other_isn) = describe(REBINDS.get_ptr_mut(key), &mut to);
+    if other_role != 0 && other_isn == isn && to.addr == flow.peer && to.port_be == flow.peer_port_be {
+        let _ = REBINDS.remove(key);
     }
     1
 }
@@ -390,21 +418,19 @@ pub extern "C" fn hitless_free(skb: *mut __sk_buff, flow: *const FlowKey, take_o
     if hitless_alive(skb, flow) != 0 {
         return 0;
     }
-    let key = *flow;
+    let key = flow.reversed();
     let mut to = Endpoint::default();
-    match describe(REBINDS.get_ptr_mut(key), &mut to).0 {
-        0 => return 1,
-        // Its owner was looked for above.
-        ROLE_FORWARD if take_over != 0 => {}
-        _ if take_over == 0 => return 0,
-        _ => {
-            let believed = with_peer(flow, &to);
-            if hitless_alive(skb, &raw const believed) != 0 {
-                return 0;
-            }
-        }
+    if describe(REBINDS.get_ptr_mut(key), &mut to).0 == 0 {
+        return 1;
     }
-    hitless_forget(flow);
+    if take_over == 0 {
+        return 0;
+    }
+    let owner = with_peer(flow, &to);
+    if hitless_alive(skb, &raw const owner) != 0 {
+        return 0;
+    }
+    hitless_forget(flow, 1);
     1
 }
 
@@ -418,17 +444,13 @@ extern "C" fn hitless_bind(socket: *mut Socket, flow: *const FlowKey, target: *c
         return moved::NO;
     };
     let (left_backend, left_generation, service, isn) = (known.backend, known.generation, known.service, known.isn);
-    let mut left = Endpoint::default();
+    let mut left = Endpoint::new(flow.peer, flow.peer_port_be, PROTO_TCP);
     let mut key = *flow;
-    let (role, left_isn) = describe(REBINDS.get_ptr_mut(key), &mut left);
+    let mut present = Endpoint::default();
+    let (role, left_isn) = describe(REBINDS.get_ptr_mut(key), &mut present);
     let again = role == ROLE_FORWARD && left_isn == isn;
     if again {
-        key.peer = left.addr;
-        key.peer_port_be = left.port_be;
-        if let Some(present) = REBINDS.get_ptr_mut(key) {
-            // SAFETY: checked by the verifier; one byte.
-            unsafe { (&raw mut (*present).role).write_volatile(ROLE_STALE) };
-        }
+        left = present;
     }
     // SAFETY: a helper without arguments.
     let now = unsafe { bpf_ktime_get_coarse_ns() };
@@ -436,26 +458,31 @@ extern "C" fn hitless_bind(socket: *mut Socket, flow: *const FlowKey, target: *c
         last_seen_ns: now,
         to: flow.peer,
         to_port_be: flow.peer_port_be,
-        role: ROLE_REVERSE,
-        closing: target.mark as u8,
+        role: ROLE_STALE,
+        // It has ended: kept only as long as the peer may still say something.
+        closing: target.mark as u8 | REBIND_RST,
         isn,
         service,
-        backend: target.backend,
+        backend: left_backend,
     };
     // Counted before they are there: nobody may believe that there are none.
-    add_rebound(if again { 1 } else { 2 });
-    key.peer = target.flow.peer;
-    key.peer_port_be = target.flow.peer_port_be;
-    let mut failed = REBINDS.insert(key, half, 0).is_err();
-    if !failed {
-        half.to = target.flow.peer;
-        half.to_port_be = target.flow.peer_port_be;
-        half.role = ROLE_FORWARD;
-        key.peer = flow.peer;
-        key.peer_port_be = flow.peer_port_be;
+    add_rebound(if again { 1 } else { 3 });
+    // What collided never left for its peer, and what comes from there is the other flow's.
+    let mut failed = false;
+    if again || cause != CAUSE_COLLISION {
+        key = with_peer(flow, &left).reversed();
         failed = REBINDS.insert(key, half, 0).is_err();
     }
-    if failed {
+    half.role = ROLE_REVERSE;
+    half.closing = target.mark as u8;
+    half.backend = target.backend;
+    key = target.flow.reversed();
+    failed = failed || REBINDS.insert(key, half, 0).is_err();
+    half.to = target.flow.peer;
+    half.to_port_be = target.flow.peer_port_be;
+    half.role = ROLE_FORWARD;
+    key = *flow;
+    if failed || REBINDS.insert(key, half, 0).is_err() {
         count(Stat::RebindFailed);
         return moved::NO;
     }

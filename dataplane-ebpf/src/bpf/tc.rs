@@ -4,7 +4,7 @@ use aya_ebpf::{btf_maps::PerCpuArray, helpers::bpf_ktime_get_coarse_ns, macros::
 use dataplane_ebpf::{
     abi::{
         CAUSE_COLLISION, CAUSE_ICMP, CAUSE_RST, CAUSE_SILENT, Endpoint, FlowKey, LAYER_REBIND, PROTO_TCP, ROLE_FORWARD,
-        ROLE_REVERSE, ROLE_STALE, SOCKET_SYN, Settings, Socket, Stat,
+        ROLE_REVERSE, SOCKET_SYN, Settings, Socket, Stat,
     },
     flow::{SynKnown, SynSeen, Verdict, Way, syn_seen, verdict},
     packet::{
@@ -18,7 +18,7 @@ use crate::{
     maps::{count, settings},
     rebind::{
         Target, any_rebound, describe, entry, hitless_alive, hitless_forget, is_ours, move_flow, moved, sender,
-        socket_of, touch,
+        socket_of, touch, touch_time,
     },
     skb::{
         DROP, Head, PASS, Segment, Skb, hitless_become_syn, hitless_rewrite, hitless_rewrite_quote, hitless_send,
@@ -85,7 +85,7 @@ fn egress_ip<const V4: bool, const NODE: bool>(skb: Skb) -> i32 {
     if !matches!(verdict(role, Way::Out), Verdict::ToPresent) {
         return PASS;
     }
-    touch(found, Way::Out, &work.segment);
+    touch(found, Way::Out, &work.segment, &work.to);
     forward(skb, work)
 }
 
@@ -108,8 +108,12 @@ fn egress_syn<const NODE: bool>(skb: Skb, work: &mut Work) -> i32 {
     let Some(settings) = settings() else { return PASS };
     let from = sender(skb.socket());
     let (mut role, isn) = describe(entry(&work.segment.flow, NODE), &mut work.to);
+    if role != ROLE_FORWARD {
+        role = 0;
+    }
+    let back = if any_rebound() { taken::<NODE>(work) } else { 0 };
     let ours = !from.storage.is_null() && is_ours(from.storage);
-    if role == 0 && !ours {
+    if role == 0 && back == 0 && !ours {
         return PASS;
     }
     let real = from.connecting();
@@ -117,31 +121,29 @@ fn egress_syn<const NODE: bool>(skb: Skb, work: &mut Work) -> i32 {
     if NODE && real && !socket_of(skb.0, &work.segment.flow).connecting() {
         return PASS;
     }
-    match role {
+    if role == ROLE_FORWARD && isn != work.segment.seq {
         // Another connect on the same ports: what was known is history. Not on the word of a forged SYN.
-        ROLE_FORWARD if isn != work.segment.seq && !real => return PASS,
-        ROLE_STALE | ROLE_REVERSE if !real => return PASS,
-        ROLE_FORWARD if isn == work.segment.seq => {}
-        // The flow that left this peer may live on, elsewhere.
-        ROLE_FORWARD | ROLE_STALE => {
-            hitless_forget(&raw const work.segment.flow);
-            role = 0;
+        if !real {
+            return PASS;
         }
-        // The connect itself is on the tuple: `hitless_free` would find it. Its entry's owner is elsewhere.
-        ROLE_REVERSE => {
-            work.believed = work.segment.flow;
-            work.believed.peer = work.to.addr;
-            work.believed.peer_port_be = work.to.port_be;
-            if hitless_alive(skb.0, &raw const work.believed) == 0 {
-                hitless_forget(&raw const work.segment.flow);
-                role = 0;
-            }
+        hitless_forget(&raw const work.segment.flow, 0);
+        role = 0;
+    }
+    let mut collides = false;
+    if role == 0 && back != 0 {
+        if !real {
+            return PASS;
         }
-        _ => {}
+        // What is moved to this peer, or has left it, is another flow of this client's port. (A flow that
+        // has left may live on elsewhere; this one needs to hear the peer.)
+        collides = back == ROLE_REVERSE && hitless_alive(skb.0, &raw const work.believed) != 0;
+        if !collides {
+            hitless_forget(&raw const work.segment.flow, 1);
+        }
     }
     if ours {
         let cause = match track(skb, &work.segment, from.storage, settings) {
-            Some(_) if role == ROLE_REVERSE => CAUSE_COLLISION,
+            Some(_) if collides => CAUSE_COLLISION,
             Some(SynSeen::Silent) => CAUSE_SILENT,
             _ => 0,
         };
@@ -156,9 +158,20 @@ fn egress_syn<const NODE: bool>(skb: Skb, work: &mut Work) -> i32 {
     match role {
         ROLE_FORWARD => forward(skb, work),
         // The ports belong to a moved connection with this peer: an answer would find that one.
-        ROLE_REVERSE => DROP,
+        _ if collides => DROP,
         _ => PASS,
     }
+}
+
+/// The role of what comes back on the tuple of a SYN; the flow it belongs to is put into `work.believed`.
+#[inline(always)]
+fn taken<const NODE: bool>(work: &mut Work) -> u8 {
+    let mut owner = Endpoint::default();
+    let (role, _) = describe(entry(&work.segment.flow.reversed(), NODE), &mut owner);
+    work.believed = work.segment.flow;
+    work.believed.peer = owner.addr;
+    work.believed.peer_port_be = owner.port_be;
+    role
 }
 
 /// Saves or counts a SYN. `None`: it cannot be replayed.
@@ -251,10 +264,11 @@ fn ingress_ip<const V4: bool, const NODE: bool>(skb: Skb) -> i32 {
 
 #[inline(always)]
 fn ingress_tcp<const NODE: bool>(skb: Skb, work: &mut Work) -> i32 {
-    let found = entry(&work.segment.flow, NODE);
+    let found = entry(&work.segment.flow.reversed(), NODE);
     let (role, _) = describe(found, &mut work.to);
     let verdict = verdict(role, Way::In);
-    if verdict == Verdict::Drop {
+    if let (Verdict::Drop, Some(found)) = (verdict, found) {
+        touch_time(found);
         count(Stat::StalePacket);
         return DROP;
     }
@@ -268,7 +282,7 @@ fn ingress_tcp<const NODE: bool>(skb: Skb, work: &mut Work) -> i32 {
     }
     match (verdict, found) {
         (Verdict::FromFirst, Some(found)) => {
-            touch(found, Way::In, &work.segment);
+            touch(found, Way::In, &work.segment, &work.to);
             back(skb, work)
         }
         _ => PASS,
@@ -288,7 +302,7 @@ fn back(skb: Skb, work: &Work) -> i32 {
 
 #[inline(always)]
 fn ingress_icmp<const NODE: bool>(skb: Skb, work: &mut Work, quote: Quote) -> i32 {
-    let (role, _) = describe(entry(&work.segment.flow, NODE), &mut work.to);
+    let (role, _) = describe(entry(&work.segment.flow.reversed(), NODE), &mut work.to);
     let verdict = verdict(role, Way::In);
     if verdict == Verdict::Drop {
         count(Stat::StalePacket);

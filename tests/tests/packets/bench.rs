@@ -129,6 +129,37 @@ impl Bench {
         self.write(&changes);
     }
 
+    /// Makes all backends equally likely.
+    pub fn weigh_alike(&mut self, family: Family) {
+        let service = service_id(family);
+        let ready = self.backends.len() as u32;
+        let mut changes: Vec<Change> = (0..ready)
+            .map(|index| {
+                let backend = backend_id(family, index as usize);
+                Change::PutSlot(SlotKey { service, index }, Slot { backend, generation: 1, service, weight: 1 })
+            })
+            .collect();
+        changes.push(Change::PutService(Service { id: service, ready, max_weight: 1, ..Service::default() }));
+        self.write(&changes);
+    }
+
+    /// A service of the second and third backend, of which `first` is by far the likeliest choice.
+    pub fn second_service(&mut self, family: Family, first: usize) -> SocketAddr {
+        let service = service_id(family) + 2;
+        let mut changes = Vec::new();
+        for n in [1, 2] {
+            let weight = if n == first { 65535 } else { 1 };
+            let slot = Slot { backend: backend_id(family, n), generation: 1, service, weight };
+            changes.push(Change::PutSlot(SlotKey { service, index: n as u32 - 1 }, slot));
+        }
+        changes.push(Change::PutService(Service { id: service, ready: 2, max_weight: 65535, ..Service::default() }));
+        let to = SocketAddr::new(service_address(family, 2), 80);
+        let at = endpoint(to.ip(), to.port());
+        changes.push(Change::PutFrontend(at, Frontend { service, check: at.check() }));
+        self.write(&changes);
+        to
+    }
+
     pub fn service(family: Family) -> SocketAddr {
         SocketAddr::new(service_address(family, 1), 80)
     }

@@ -13,8 +13,8 @@ use aya::{
 };
 use dataplane_ebpf::{
     abi::{
-        Addr, FlowKey, REBIND_ESTABLISHED, REBIND_FIN_PEER, REBIND_RST, ROLE_FORWARD, ROLE_REVERSE, Rebind, SOCKET_SYN,
-        Socket, Stat,
+        Addr, FlowKey, REBIND_ESTABLISHED, REBIND_FIN_PEER, REBIND_RST, ROLE_FORWARD, ROLE_REVERSE, ROLE_STALE, Rebind,
+        SOCKET_SYN, Socket, Stat,
     },
     packet::{PROTO_ICMP, PROTO_ICMPV6, TCP_ACK, TCP_FIN, TCP_RST, TCP_SYN},
 };
@@ -36,23 +36,30 @@ const DROP: i32 = 2;
 const REDIRECT: i32 = 7;
 
 /// A socket that connects to a backend that says nothing, and the programs around it.
-struct Stage {
-    bench: Bench,
+pub struct Stage {
+    pub bench: Bench,
     netns: Netns,
     ifindex: u32,
-    ingress: SchedClassifier,
-    egress: SchedClassifier,
+    pub ingress: SchedClassifier,
+    pub egress: SchedClassifier,
     sockets: SkStorage<MapData, Socket>,
     rebinds: HashMap<MapData, FlowKey, Rebind>,
 }
 
 impl Stage {
     fn new() -> Self {
+        Self::with(true)
+    }
+
+    /// Whether the first backend is silent, or refuses.
+    pub fn with(silent: bool) -> Self {
         // clsact, because the agent then pins the programs: `tcq` the ingress one, `tcf` the egress one.
         let mut bench = Bench::with(Topology::Bridge, &[2, 2], Tcx::Off);
         // Retransmissions must not move the flow in the middle of a test.
         bench.settings(|settings| settings.syn_limit = 0);
-        bench.backends[0].cut_cable().expect("cut");
+        if silent {
+            bench.backends[0].cut_cable().expect("cut");
+        }
         let netns = bench.client.place.netns.clone();
         let ifindex = netns.enter(|| nix::net::if_::if_nametoindex("eth0")).expect("enter").expect("eth0");
         let root = bench.lab.dir().join("bpf/hitless");
@@ -68,6 +75,13 @@ impl Stage {
         let rebinds = HashMap::try_from(Map::LruHashMap(map("REBINDS"))).expect("a hash map");
         let (ingress, egress) = (program("tcq"), program("tcf"));
         Self { netns, ifindex, ingress, egress, sockets, rebinds, bench }
+    }
+
+    /// A flow of the client that nothing is known of.
+    pub fn known_flow(&self, family: Family) -> FlowKey {
+        let client = crate::bench::endpoint(self.bench.client.addresses()[family as usize], 50_000);
+        let peer = crate::bench::endpoint(self.bench.backends[1].addresses()[family as usize], 8080);
+        FlowKey { client: client.addr, peer: peer.addr, client_port_be: client.port_be, peer_port_be: peer.port_be }
     }
 
     /// Begins a connect; its SYN has left when this returns.
@@ -144,7 +158,7 @@ impl Connecting {
 
     /// From the peer to the client.
     fn back(&self) -> FlowKey {
-        reversed(&self.flow)
+        self.flow.reversed()
     }
 
     /// The SYN as it left, to whichever peer.
@@ -162,15 +176,6 @@ impl Connecting {
         let syn = tcp(quoted, TCP_SYN, seq, 0, self.known.window_be, &[], &[]);
         let inner = ip(quoted, 6, &syn)[14..].to_vec();
         icmp(from, &self.flow.client, if self.v4() { (3, 1) } else { (1, 3) }, &inner)
-    }
-}
-
-fn reversed(flow: &FlowKey) -> FlowKey {
-    FlowKey {
-        client: flow.peer,
-        peer: flow.client,
-        client_port_be: flow.peer_port_be,
-        peer_port_be: flow.client_port_be,
     }
 }
 
@@ -194,7 +199,7 @@ fn pseudo(from: &Addr, to: &Addr, protocol: u8, length: usize) -> Vec<u8> {
 }
 
 /// A TCP segment of `flow` (client to peer), checksum included.
-fn tcp(flow: &FlowKey, flags: u8, seq: u32, ack: u32, window_be: u16, options: &[u8], data: &[u8]) -> Vec<u8> {
+pub fn tcp(flow: &FlowKey, flags: u8, seq: u32, ack: u32, window_be: u16, options: &[u8], data: &[u8]) -> Vec<u8> {
     let mut segment = [flow.client_port_be.to_ne_bytes(), flow.peer_port_be.to_ne_bytes()].concat();
     segment.extend(seq.to_be_bytes());
     segment.extend(ack.to_be_bytes());
@@ -209,7 +214,7 @@ fn tcp(flow: &FlowKey, flags: u8, seq: u32, ack: u32, window_be: u16, options: &
 }
 
 /// An Ethernet frame with an IP packet of `flow`'s addresses.
-fn ip(flow: &FlowKey, protocol: u8, payload: &[u8]) -> Vec<u8> {
+pub fn ip(flow: &FlowKey, protocol: u8, payload: &[u8]) -> Vec<u8> {
     let v4 = flow.client.is_v4();
     let mut frame = vec![2, 0, 0, 0, 0, 1, 2, 0, 0, 0, 0, 2];
     let mut header = if v4 {
@@ -298,7 +303,8 @@ fn only_a_reset_that_acknowledges_the_syn_moves_the_connect() {
         expected[16..18].copy_from_slice(&segment[16..18]);
         assert_eq!(segment, expected, "options and all");
         assert_eq!(stage.entry(&c.flow).map(|e| (e.role, e.to, e.isn)), Some((ROLE_FORWARD, present.addr, isn)));
-        assert_eq!(stage.entry(&there).map(|e| (e.role, e.to)), Some((ROLE_REVERSE, c.flow.peer)));
+        assert_eq!(stage.entry(&there.reversed()).map(|e| (e.role, e.to)), Some((ROLE_REVERSE, c.flow.peer)));
+        assert_eq!(stage.entry(&c.back()).map(|e| e.role), Some(ROLE_STALE));
 
         // Said twice: the flow has left this peer, whatever it says.
         assert_eq!(stage.comes(&refused).0, DROP);
@@ -359,12 +365,12 @@ fn nothing_that_comes_from_outside_ends_a_moved_flow() {
         let present = crate::bench::endpoint(stage.bench.backends[1].addresses()[family as usize], 8080);
         let there = FlowKey { peer: present.addr, ..c.flow };
         let says = |flags: u8, ack: u32, data: &[u8]| {
-            let back = reversed(&there);
+            let back = there.reversed();
             let (verdict, frame) = stage.comes(&ip(&back, 6, &tcp(&back, flags, 77, ack, 0, &[], data)));
             assert_eq!(verdict, PASS);
             // To the socket it all comes from the peer that it believes in, and it judges for itself.
-            segment_of(&frame, &reversed(&c.flow));
-            stage.entry(&there).expect("still there")
+            segment_of(&frame, &c.flow.reversed());
+            stage.entry(&there.reversed()).expect("still there")
         };
         let entry = says(TCP_SYN | TCP_ACK, 1, &[]);
         assert_eq!((entry.role, entry.closing), (ROLE_REVERSE, 0), "a forged SYN-ACK establishes nothing");
@@ -384,7 +390,7 @@ fn nothing_that_comes_from_outside_ends_a_moved_flow() {
         assert_eq!(stage.run(&stage.egress, &syn, 0).0, PASS);
         let syn = ip(&there, 6, &tcp(&there, TCP_SYN, c.known.isn ^ 1, 0, 0, &[], &[]));
         assert_eq!(stage.run(&stage.egress, &syn, 0).0, PASS);
-        assert_eq!(stage.entry(&there).map(|entry| entry.role), Some(ROLE_REVERSE));
+        assert_eq!(stage.entry(&there.reversed()).map(|entry| entry.role), Some(ROLE_REVERSE));
         assert_eq!(stage.entry(&c.flow).map(|entry| entry.role), Some(ROLE_FORWARD));
     }
 }

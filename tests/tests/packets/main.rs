@@ -2,6 +2,7 @@
 //! any other. Real sockets, real programs, real interfaces.
 
 mod bench;
+mod cost;
 mod forged;
 mod moved;
 mod refused;

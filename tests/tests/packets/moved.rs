@@ -105,6 +105,69 @@ fn a_connect_that_collides_with_a_moved_flow_is_moved_itself() {
     drop(servers);
 }
 
+/// The agent sweeps what has ended: either half of a flow must say so.
+#[test]
+fn a_flow_that_ended_leaves_nothing_for_long() {
+    let mut bench = Bench::new(Topology::Bridge, &[1, 2]);
+    let _live = Server::start(&bench.backends[1], b'b');
+    for family in Family::BOTH {
+        for _ in 0..5 {
+            let mut stream = bench.connect(family).expect("connects");
+            hear(&mut stream);
+            exchange(&stream, 1);
+        }
+    }
+    let mut open = bench.connect(Family::V4).expect("connects");
+    hear(&mut open);
+    let now = dataplane_user::kernel::monotonic_ns();
+    assert_eq!(bench.opened.kernel.sweep(now).expect("walks").removed, 0, "ended flows linger");
+    let later = bench.opened.kernel.sweep(now + 20_000_000_000).expect("walks");
+    // Three entries each; of the open one only what its first peer may still say.
+    assert_eq!((later.seen, later.removed), (33, 31), "{later:?}");
+    exchange(&open, 1);
+}
+
+/// The same, of a connect that named a service: it has other backends to go to.
+#[test]
+fn a_connect_of_ours_that_collides_goes_to_another_backend() {
+    let mut bench = Bench::new(Topology::Bridge, &[1, 2, 2]);
+    let servers = [(1, b'b'), (2, b'c')].map(|(n, name)| Server::start(&bench.backends[n], name));
+    let mut met = 0;
+    for family in Family::BOTH {
+        for port in 42_000..42_010 {
+            let mut one = connect_on(&bench, family, port);
+            let there = hear(&mut one);
+            let (second, other) = if there == b'b' { (1, b'c') } else { (2, b'b') };
+            // A service that has nobody but the two, and by far rather the one that the flow went to.
+            let to = bench.second_service(family, second);
+            let before = bench.stat(Stat::ReboundCollision);
+            let mut two = connect(socket_on(&bench.client, family, port), to).expect("connects");
+            met += bench.stat(Stat::ReboundCollision) - before;
+            assert_eq!(hear(&mut two), other);
+            exchange(&one, 1);
+            exchange(&two, 1);
+        }
+    }
+    assert_eq!(met, 20, "every second connect was aimed at the tuple of the first");
+    drop(servers);
+}
+
+/// What D1 refused and D2 does not answer, D3 answers.
+#[test]
+fn a_connect_that_was_moved_to_a_silent_backend_is_moved_on() {
+    let bench = Bench::new(Topology::Bridge, &[1, 2, 2]);
+    let _live = Server::start(&bench.backends[2], b'c');
+    bench.backends[1].cut_cable().expect("cut");
+    for family in Family::BOTH {
+        for _ in 0..8 {
+            let mut stream = bench.connect(family).expect("connects");
+            assert_eq!(hear(&mut stream), b'c');
+            exchange(&stream, 1);
+        }
+    }
+    assert!(bench.stat(Stat::ReboundSilent) > 0, "16 connects met the silent one: {:?}", bench.counted());
+}
+
 /// The other way round: the flow that is moved must not land on a tuple that is taken.
 #[test]
 fn a_flow_is_not_moved_onto_a_connection_that_the_client_has() {
