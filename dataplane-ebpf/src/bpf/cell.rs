@@ -64,3 +64,13 @@ pub fn hide(value: u32, mask: u32) -> u32 {
     }
     value as u32
 }
+
+/// `len` if it is 1 to `max`, in such words that any kernel's verifier sees it: it learns bounds from
+/// `<` and `>`, but from `!= 0` only since 6.8, and the compiler turns one into the other.
+#[inline(always)]
+pub fn within(len: u32, max: u32) -> Option<u32> {
+    let mut less_one = u64::from(len.wrapping_sub(1));
+    // SAFETY: no instruction at all; the compiler forgets where the value comes from.
+    unsafe { asm!("/* {0} */", inout(reg) less_one, options(nomem, nostack, preserves_flags)) };
+    (less_one < u64::from(max)).then(|| less_one as u32 + 1)
+}

@@ -283,13 +283,13 @@ pub fn save_options(skb: Skb, segment: &Segment, socket: *mut Socket) -> bool {
     unsafe {
         (&raw mut (*socket).options).write_volatile([0; MAX_TCP_OPTIONS]);
         (&raw mut (*socket).options_len).write_volatile(len as u8);
-        len == 0
-            || bpf_skb_load_bytes(
-                skb.0.cast(),
-                (l4(segment.flow.client.is_v4()) + TCP_LEN) as u32,
-                (&raw mut (*socket).options).cast(),
-                len,
-            ) == 0
+        let Some(len) = cell::within(len, MAX_TCP_OPTIONS as u32) else { return true };
+        bpf_skb_load_bytes(
+            skb.0.cast(),
+            (l4(segment.flow.client.is_v4()) + TCP_LEN) as u32,
+            (&raw mut (*socket).options).cast(),
+            len,
+        ) == 0
     }
 }
 
@@ -414,9 +414,7 @@ pub extern "C" fn hitless_become_syn(
     if !ip || !skb.store(l4, &header) {
         return -1;
     }
-    if options_len == 0 {
-        return 0;
-    }
+    let Some(options_len) = cell::within(options_len, MAX_TCP_OPTIONS as u32) else { return 0 };
     // SAFETY: a helper on the context; the source is the storage's options.
     unsafe { bpf_skb_store_bytes(skb.0, (l4 + TCP_LEN) as u32, options.cast(), options_len, 0) as i32 }
 }
