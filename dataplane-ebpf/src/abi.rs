@@ -345,8 +345,9 @@ impl FlowKey {
     }
 }
 
-/// `REBINDS` value. A flow that was moved from D1 to D2 has three entries: client → D1 is
-/// [`ROLE_FORWARD`] to D2, D2 → client is [`ROLE_REVERSE`] to D1, and D1 → client is [`ROLE_STALE`].
+/// `REBINDS` value. A flow that was moved from D1 to D2 has two entries: client → D1 is
+/// [`ROLE_FORWARD`] to D2 and D2 → client is [`ROLE_REVERSE`] to D1. A peer that was left and may
+/// still answer has a third: D1 → client is [`ROLE_STALE`].
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Rebind {

@@ -7,9 +7,9 @@ use aya_ebpf::{
 use core::intrinsics::{AtomicOrdering, atomic_cxchg, atomic_xadd};
 use dataplane_ebpf::{
     abi::{
-        CAUSE_COLLISION, CAUSE_ICMP, CAUSE_RST, EVENT_EXHAUSTED, EVENT_REBOUND, Endpoint, Event, FlowKey, LAYER_REBIND,
-        MAX_TRIES, PROTO_TCP, REBIND_NODE, REBIND_RST, ROLE_FORWARD, ROLE_REVERSE, ROLE_STALE, Rebind, SERVICE_PINNED,
-        SOCKET_ESTABLISHED, SOCKET_PROBE, SOCKET_REBOUND, Socket, Stat,
+        CAUSE_COLLISION, CAUSE_ICMP, CAUSE_RST, CAUSE_SILENT, EVENT_EXHAUSTED, EVENT_REBOUND, Endpoint, Event, FlowKey,
+        LAYER_REBIND, MAX_TRIES, REBIND_NODE, REBIND_RST, ROLE_FORWARD, ROLE_REVERSE, ROLE_STALE, Rebind,
+        SERVICE_PINNED, SOCKET_ESTABLISHED, SOCKET_PROBE, SOCKET_REBOUND, Socket, Stat,
     },
     flow::{Way, closing},
     health::Class,
@@ -444,14 +444,10 @@ extern "C" fn hitless_bind(socket: *mut Socket, flow: *const FlowKey, target: *c
         return moved::NO;
     };
     let (left_backend, left_generation, service, isn) = (known.backend, known.generation, known.service, known.isn);
-    let mut left = Endpoint::new(flow.peer, flow.peer_port_be, PROTO_TCP);
     let mut key = *flow;
-    let mut present = Endpoint::default();
-    let (role, left_isn) = describe(REBINDS.get_ptr_mut(key), &mut present);
+    let mut left = Endpoint::default();
+    let (role, left_isn) = describe(REBINDS.get_ptr_mut(key), &mut left);
     let again = role == ROLE_FORWARD && left_isn == isn;
-    if again {
-        left = present;
-    }
     // SAFETY: a helper without arguments.
     let now = unsafe { bpf_ktime_get_coarse_ns() };
     let mut half = Rebind {
@@ -465,12 +461,14 @@ extern "C" fn hitless_bind(socket: *mut Socket, flow: *const FlowKey, target: *c
         service,
         backend: left_backend,
     };
+    // Who refused has nothing more to say (see `replay`), and what collided never left for its peer: what
+    // comes from there is the other flow's.
+    let stale = again || matches!(cause, CAUSE_ICMP | CAUSE_SILENT);
     // Counted before they are there: nobody may believe that there are none.
-    add_rebound(if again { 1 } else { 3 });
-    // What collided never left for its peer, and what comes from there is the other flow's.
+    add_rebound(if again || !stale { 2 } else { 3 });
     let mut failed = false;
-    if again || cause != CAUSE_COLLISION {
-        key = with_peer(flow, &left).reversed();
+    if stale {
+        key = if again { with_peer(flow, &left) } else { *flow }.reversed();
         failed = REBINDS.insert(key, half, 0).is_err();
     }
     half.role = ROLE_REVERSE;

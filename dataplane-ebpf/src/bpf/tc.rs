@@ -4,7 +4,7 @@ use aya_ebpf::{btf_maps::PerCpuArray, helpers::bpf_ktime_get_coarse_ns, macros::
 use dataplane_ebpf::{
     abi::{
         CAUSE_COLLISION, CAUSE_ICMP, CAUSE_RST, CAUSE_SILENT, Endpoint, FlowKey, LAYER_REBIND, PROTO_TCP, ROLE_FORWARD,
-        ROLE_REVERSE, SOCKET_SYN, Settings, Socket, Stat,
+        ROLE_REVERSE, SOCKET_REBOUND, SOCKET_SYN, Settings, Socket, Stat,
     },
     flow::{SynKnown, SynSeen, Verdict, Way, syn_seen, verdict},
     packet::{
@@ -354,6 +354,11 @@ fn replay<const NODE: bool>(skb: Skb, work: &mut Work, role: u8, cause: u32) -> 
     let (flags, isn) = unsafe { (cell::read(&raw const (*socket).flags), cell::read(&raw const (*socket).isn)) };
     if flags & SOCKET_SYN == 0 {
         return Replay::No;
+    }
+    if flags & SOCKET_REBOUND != 0 && role != ROLE_REVERSE {
+        // Said once more by the first peer, which this connect has left.
+        count(Stat::StalePacket);
+        return Replay::Done(DROP);
     }
     if !refuses(isn, work.segment.flags, work.segment.ack) {
         count(Stat::Forged);
