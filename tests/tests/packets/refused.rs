@@ -1,6 +1,6 @@
 //! A connect that is refused, or not answered, ends on another backend.
 
-use std::{io::ErrorKind, time::Duration};
+use std::{io::ErrorKind, process::Command, time::Duration};
 
 use dataplane_ebpf::abi::{SERVICE_PINNED, Service, Stat};
 use dataplane_user::registry::change::Change;
@@ -26,6 +26,30 @@ fn a_refused_connect_ends_on_another_backend_without_the_application_noticing() 
         }
         assert_eq!(bench.stat(Stat::ReboundRst), 2, "{topology:?}");
         assert_eq!(bench.stat(Stat::RebindFailed), 0, "{topology:?}");
+    }
+}
+
+/// veth hands checksums over unfinished and unchecked. A device that finishes them, or a sender that did,
+/// shows whether what is left in the packet is right.
+#[test]
+fn checksums_are_right_whoever_finishes_them() {
+    for (client_finishes, peers_finish) in [(true, false), (false, true), (true, true)] {
+        let bench = Bench::new(Topology::Bridge, &[1, 1]);
+        let _live = Server::start(&bench.backends[1], b'b');
+        let finishing = [&bench.client].into_iter().filter(|_| client_finishes);
+        for pod in finishing.chain(bench.backends.iter().filter(|_| peers_finish)) {
+            let ethtool = || Command::new("ethtool").args(["-K", "eth0", "tx", "off"]).output().expect("ethtool");
+            let output = pod.place.netns.enter(ethtool).expect("enter");
+            assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+        }
+        for family in Family::BOTH {
+            let mut stream = bench.connect(family).expect("connects");
+            assert_eq!(hear(&mut stream), b'b', "{family:?}");
+            exchange(&stream, 2);
+        }
+        assert_eq!(bench.stat(Stat::ReboundRst), 2);
+        // No SYN was thrown away and sent again: nobody is left that it could be moved to.
+        assert_eq!(bench.stat(Stat::Exhausted), 0, "client finishes: {client_finishes}, peers: {peers_finish}");
     }
 }
 
