@@ -2,9 +2,9 @@
 //!
 //! The same types are the YAML file and the newline-delimited JSON stream.
 
-use std::{collections::BTreeMap, net::IpAddr, path::PathBuf, sync::Arc};
+use std::{cell::RefCell, collections::BTreeMap, fmt, net::IpAddr, path::PathBuf, sync::Arc};
 
-use serde::{Deserialize, Serialize};
+use serde::{Deserialize, Deserializer, Serialize, de::Visitor};
 
 /// The whole desired state: the file, or a relist on the stream.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -97,9 +97,10 @@ pub struct ServicePort {
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, rename_all = "camelCase")]
 pub struct Backend {
+    #[serde(deserialize_with = "shared")]
     pub service: Arc<str>,
     /// The service port's name.
-    #[serde(default)]
+    #[serde(default = "empty", deserialize_with = "shared")]
     pub port: Arc<str>,
     pub address: IpAddr,
     pub target_port: u16,
@@ -162,4 +163,40 @@ const fn yes() -> bool {
 
 const fn one() -> u16 {
     1
+}
+
+/// A name that the objects before it have too, more often than not: one allocation for all.
+fn shared<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Arc<str>, D::Error> {
+    struct Name;
+
+    impl Visitor<'_> for Name {
+        type Value = Arc<str>;
+
+        fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+            f.write_str("a string")
+        }
+
+        fn visit_str<E>(self, text: &str) -> Result<Arc<str>, E> {
+            Ok(LATEST.with_borrow_mut(|latest| {
+                if let Some(known) = latest.iter().find(|known| ***known == *text) {
+                    return known.clone();
+                }
+                latest.rotate_right(1);
+                latest[0] = text.into();
+                latest[0].clone()
+            }))
+        }
+    }
+
+    deserializer.deserialize_str(Name)
+}
+
+fn empty() -> Arc<str> {
+    EMPTY.with(Arc::clone)
+}
+
+thread_local! {
+    /// The last few names that were read.
+    static LATEST: RefCell<[Arc<str>; 4]> = RefCell::new(std::array::from_fn(|_| empty()));
+    static EMPTY: Arc<str> = Arc::from("");
 }

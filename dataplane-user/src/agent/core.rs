@@ -16,7 +16,7 @@ use tracing::{debug, error, info, warn};
 
 use crate::{
     admin::protocol::{EventRow, Hook, Names},
-    kernel::{Attached, Kernel, Notice, Outcome, canary::SERVER_POD, monotonic_ns},
+    kernel::{Attached, Kernel, Notice, Outcome, canary::SERVER_POD, monotonic_ns, trim_heap},
     model::{Event, Key, Object},
     registry::{
         Problem, Registry,
@@ -80,6 +80,8 @@ pub struct Core {
 
 /// How many records `hitless events` can look back.
 const HISTORY: usize = 1024;
+/// From this many backends on a relist leaves megabytes behind.
+const LARGE: usize = 10_000;
 /// How many problems are kept word for word.
 const PROBLEMS: usize = 1000;
 
@@ -133,6 +135,9 @@ impl Core {
             );
             // Boot and relists are rare and large; what they needed is not needed again.
             self.changes = Vec::new();
+            if counts.backends >= LARGE {
+                trim_heap();
+            }
         }
         self.activate();
         Applied { changes: written, problems, at_ns }

@@ -50,6 +50,7 @@ pub use maps::Sizes;
 pub use pins::cgroup2_root;
 pub use snapshot::{LinkState, Removed, Snapshot, State, snapshot, uninstall};
 pub use sweep::Swept;
+pub use sys::trim_heap;
 pub use writer::Rejected;
 
 use crate::registry::{

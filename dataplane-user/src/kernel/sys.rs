@@ -415,3 +415,12 @@ pub fn map_info(map: BorrowedFd<'_>) -> io::Result<MapInfo> {
     bpf(OBJ_GET_INFO_BY_FD, &mut attributes)?;
     Ok(info)
 }
+
+/// Gives memory that the allocator keeps for later back to the system.
+pub fn trim_heap() {
+    #[cfg(target_env = "gnu")]
+    // SAFETY: no arguments that could be wrong; glibc locks its arenas itself.
+    unsafe {
+        libc::malloc_trim(0);
+    }
+}

@@ -1,6 +1,6 @@
 //! Backends: one number per address and port, shared by all services that list it.
 
-use std::collections::{HashMap, HashSet};
+use std::collections::HashSet;
 
 use dataplane_ebpf::{
     abi::{self, Addr, BACKEND_LOCAL, Endpoint, ServiceId},
@@ -11,6 +11,7 @@ use super::{
     Index, NONE, Registry, Seed,
     address::{self, Family},
     change::Change,
+    hash::HashMap,
     ids::Ids,
     problem::backend_name,
     slots::Section,
@@ -57,8 +58,12 @@ pub(super) struct Backends {
 impl Backends {
     pub(super) fn new(max: u32, seed: &Seed) -> Self {
         let used: HashSet<_> = seed.backends.iter().map(|(id, ..)| *id).collect();
-        let mut this =
-            Self { items: Vec::new(), by_endpoint: HashMap::new(), generations: Vec::new(), ids: Ids::new(max, &used) };
+        let mut this = Self {
+            items: Vec::new(),
+            by_endpoint: HashMap::default(),
+            generations: Vec::new(),
+            ids: Ids::new(max, &used),
+        };
         for &(id, generation) in &seed.retired {
             this.set_generation(id, generation as u16);
         }

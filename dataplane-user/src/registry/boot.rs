@@ -2,14 +2,14 @@
 //! difference is written. Numbers and generations of what stays are kept, so that no connection
 //! and no health word notices a restart.
 
-use std::collections::{HashMap, HashSet};
+use std::collections::HashSet;
 
 use dataplane_ebpf::{
     abi::{Endpoint, ServiceId, Slot, SlotKey},
     health::{Input, State},
 };
 
-use super::{Registry, Seed, backends::Physical, change::Change};
+use super::{Registry, Seed, backends::Physical, change::Change, hash::HashMap};
 
 /// The adopted state, by what identifies it.
 #[derive(Debug)]

@@ -1,10 +1,10 @@
 //! `FRONTENDS`: which service answers for an address and port when several claim it.
 
-use std::collections::{HashMap, HashSet};
+use std::collections::HashSet;
 
 use dataplane_ebpf::abi::{Endpoint, Frontend, ServiceId};
 
-use super::change::Change;
+use super::{change::Change, hash::HashMap};
 
 /// A service port's claim on an address. The least one wins, by service name and port name:
 /// which of two conflicting services answers must not depend on who came first.
@@ -34,7 +34,7 @@ pub enum Claimed {
 
 impl Frontends {
     pub fn new(max: u32) -> Self {
-        Self { claims: HashMap::new(), contested: HashSet::new(), max: max as usize }
+        Self { claims: HashMap::default(), contested: HashSet::new(), max: max as usize }
     }
 
     pub fn claim(&mut self, at: Endpoint, claim: Claim, out: &mut Vec<Change>) -> Claimed {

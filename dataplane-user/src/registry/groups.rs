@@ -4,11 +4,11 @@
 //! pseudo-service holds the intersection. It is made and unmade in [`Registry::settle`], after
 //! the urgent changes were written: that work grows with the services' size.
 
-use std::collections::{BTreeSet, HashMap};
+use std::collections::BTreeSet;
 
 use dataplane_ebpf::abi::ServiceId;
 
-use super::{Registry, slots::Section};
+use super::{Registry, hash::HashMap, slots::Section};
 
 /// The pseudo-services.
 #[derive(Debug, Default)]

@@ -11,6 +11,7 @@ mod boot;
 pub mod change;
 mod frontends;
 mod groups;
+mod hash;
 mod ids;
 mod pods;
 pub mod problem;
@@ -24,7 +25,7 @@ pub mod view;
 mod tests;
 
 use std::{
-    collections::{BTreeMap, HashMap, HashSet},
+    collections::{BTreeMap, HashSet},
     net::IpAddr,
 };
 
@@ -37,6 +38,7 @@ use self::{
     change::{Change, PodId},
     frontends::Frontends,
     groups::Groups,
+    hash::HashMap,
     ids::Slab,
     pods::Pod,
     problem::{Name, check_backend, check_pod, check_service},
@@ -110,13 +112,13 @@ impl Registry {
         let seed = seed.within(&limits);
         let services: HashSet<_> = seed.services.iter().map(|service| service.id).collect();
         Self {
-            service_index: HashMap::new(),
+            service_index: HashMap::default(),
             services: Slab::default(),
             ports: Slab::default(),
-            pod_index: HashMap::new(),
+            pod_index: HashMap::default(),
             pods: Slab::default(),
-            pods_by_id: HashMap::new(),
-            service_ports: HashMap::new(),
+            pods_by_id: HashMap::default(),
+            service_ports: HashMap::default(),
             last_pod: seed.last_pod,
             nodes: BTreeMap::new(),
             host: None,
@@ -155,7 +157,12 @@ impl Registry {
                 self.reconcile();
             }
         }
-        out.append(&mut self.out);
+        if out.is_empty() {
+            // Not copied: a first sync is hundreds of thousands.
+            std::mem::swap(out, &mut self.out);
+        } else {
+            out.append(&mut self.out);
+        }
         std::mem::take(&mut self.problems)
     }
 

@@ -1,9 +1,6 @@
 //! Services: their ports, the numbers these have in the kernel, and their frontends.
 
-use std::{
-    collections::{HashMap, HashSet},
-    net::IpAddr,
-};
+use std::{collections::HashSet, net::IpAddr};
 
 use dataplane_ebpf::abi::{Endpoint, SERVICE_PINNED, ServiceId};
 
@@ -12,6 +9,7 @@ use super::{
     address::{self, Family},
     backends::{Object, ObjectKey},
     frontends::{Claim, Claimed},
+    hash::HashMap,
     problem::{Name, service_name},
 };
 use crate::model::{self, Protocol};
@@ -336,7 +334,7 @@ impl Registry {
             declared: None,
             ids: [0; 2],
             attached: [0; 2],
-            objects: HashMap::new(),
+            objects: HashMap::default(),
         });
         self.services[service].ports.push(port);
         port

@@ -1,10 +1,10 @@
 //! `SERVICES` and `SLOTS` as the kernel has them: sections, swaps, the exact largest weight.
 
-use std::collections::{BTreeMap, HashMap, HashSet};
+use std::collections::{BTreeMap, HashSet};
 
 use dataplane_ebpf::abi::{Service, ServiceId, Slot, SlotKey};
 
-use super::{change::Change, ids::Ids};
+use super::{change::Change, hash::HashMap, ids::Ids};
 
 /// Which part of a service's slots a backend is in.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
@@ -48,7 +48,7 @@ impl Slots {
     pub fn new(max_services: u32, max_slots: u32, used: &HashSet<u32>) -> Self {
         Self {
             rows: Vec::new(),
-            places: HashMap::new(),
+            places: HashMap::default(),
             ids: Ids::new(max_services, used),
             max_slots: max_slots as usize,
         }

@@ -13,8 +13,10 @@ impl Registry {
         // Two marks: first what is named at all, then what was taken over.
         let named = self.epoch + 1;
         self.epoch += 2;
-        self.mark(&state, named);
-        self.turn_away_from_unnamed(named);
+        if !self.service_index.is_empty() || !self.pod_index.is_empty() {
+            self.mark(&state, named);
+            self.turn_away_from_unnamed(named);
+        }
 
         for service in state.services {
             let old = self.service_index.get(&service.name).copied();
