@@ -4,7 +4,10 @@
 use std::{
     net::SocketAddr,
     os::fd::{AsFd, AsRawFd},
-    sync::atomic::{AtomicBool, Ordering},
+    sync::{
+        OnceLock,
+        atomic::{AtomicBool, Ordering},
+    },
     time::{Duration, Instant},
 };
 
@@ -113,15 +116,18 @@ fn compare(flips: &[Flip], connects: &[Connect], backend: u32) -> Race {
     race
 }
 
-/// Two CPUs to race on.
+/// Two CPUs to race on, of those that this process may use.
 pub fn two_cpus() -> Result<[usize; 2]> {
-    let allowed = sched_getaffinity(Pid::from_raw(0))?;
+    let allowed = ALLOWED.get_or_init(|| sched_getaffinity(Pid::from_raw(0)).unwrap_or_default());
     let mut cpus = (0..CpuSet::count()).filter(|cpu| allowed.is_set(*cpu).unwrap_or(false));
     match (cpus.next(), cpus.next()) {
         (Some(first), Some(second)) => Ok([first, second]),
         _ => bail!("this figure needs two CPUs"),
     }
 }
+
+/// As the process was started: threads that [`pin`]ned themselves are asked no more.
+static ALLOWED: OnceLock<CpuSet> = OnceLock::new();
 
 /// Keep this thread on one CPU.
 pub fn pin(cpu: usize) -> Result<()> {

@@ -104,14 +104,14 @@ impl Rig {
         let pods = vec![model_pod(&client, true), model_pod(&server, true), model_pod(&stranger, false)];
         feed.send(&Event::Sync { state: Snapshot { pods, ..Snapshot::default() } })?;
         agent.wait_ready()?;
-        let mut servers = [Worker::start(&server.place, None)?, Worker::start(&bare_server.place, None)?];
+        let mut servers = [Worker::start(&server.place, None, false)?, Worker::start(&bare_server.place, None, false)?];
         for server in &mut servers {
             server.serve(&[CONNECT_PORT, FLOW_PORT])?;
         }
         let mut rig = Self {
-            client: Worker::start(&client.place, Some(&pins))?,
-            stranger: Worker::start(&stranger.place, Some(&pins))?,
-            bare_client: Worker::start(&bare_client.place, None)?,
+            client: Worker::start(&client.place, Some(&pins), true)?,
+            stranger: Worker::start(&stranger.place, Some(&pins), true)?,
+            bare_client: Worker::start(&bare_client.place, None, true)?,
             _servers: servers,
             server_address: server.v4(),
             bare_server_address: bare_server.v4(),
@@ -207,6 +207,10 @@ impl Rig {
 
     pub fn server_pod(&self) -> &Pod {
         &self.pods[2]
+    }
+
+    pub fn bare_server_pod(&self) -> &Pod {
+        &self.pods[4]
     }
 }
 

@@ -101,13 +101,16 @@ pub struct Worker {
 }
 
 impl Worker {
-    pub fn start(place: &Place, pins: Option<&Pins>) -> Result<Self> {
+    pub fn start(place: &Place, pins: Option<&Pins>, pinned: bool) -> Result<Self> {
         let own = std::env::current_exe()?;
         let socket = place.file("bench.sock");
         let mut args = vec![own.to_string_lossy().into_owned(), "worker".into()];
         args.extend(["--socket".into(), socket.to_string_lossy().into_owned()]);
         if let Some(pins) = pins {
             args.extend(["--pins".into(), pins.root().to_string_lossy().into_owned()]);
+        }
+        if pinned {
+            args.push("--pinned".into());
         }
         let process = place.spawn(&args)?;
         process.wait_for_file(&socket)?;

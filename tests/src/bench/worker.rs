@@ -32,6 +32,9 @@ pub struct Args {
     /// The pins of the node's agent
     #[arg(long)]
     pins: Option<PathBuf>,
+    /// Stay on the first CPU: a client, whose servers' flows stay on the second
+    #[arg(long)]
+    pinned: bool,
 }
 
 /// What the worker sees of the node's agent.
@@ -48,6 +51,9 @@ struct Worker {
 pub fn main(args: &Args) -> Result<()> {
     let kernel = args.pins.as_ref().map(|root| open(root)).transpose()?;
     let mut worker = Worker { kernel, flows: Vec::new() };
+    if let (Ok([cpu, _]), true) = (race::two_cpus(), args.pinned) {
+        race::pin(cpu)?;
+    }
     let (stream, _) = UnixListener::bind(&args.socket)?.accept()?;
     let mut answers = stream.try_clone()?;
     for line in BufReader::new(stream).lines() {
@@ -210,7 +216,11 @@ fn serve(port: u16) -> Result<()> {
     Ok(())
 }
 
-fn answer(mut flow: TcpStream) -> std::io::Result<()> {
+fn answer(mut flow: TcpStream) -> Result<()> {
+    // Where the scheduler happens to put it would outweigh everything else.
+    if let Ok([_, cpu]) = race::two_cpus() {
+        race::pin(cpu)?;
+    }
     flow.set_nodelay(true)?;
     let mut block = vec![0; BLOCK];
     let mut op = [0];
