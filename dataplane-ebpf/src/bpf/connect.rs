@@ -1,7 +1,7 @@
 //! connect(): a service's address becomes a backend's, before the socket knows any.
 
 use aya_ebpf::{EbpfContext as _, helpers::generated::bpf_get_netns_cookie, programs::SockAddrContext};
-use dataplane_ebpf::abi::{Endpoint, MAX_TRIES, POD_ENROLLED, PROTO_UDP, SOCKET_DIRECT, Socket, Stat};
+use dataplane_ebpf::abi::{Endpoint, POD_ENROLLED, PROTO_UDP, SOCKET_DIRECT, Stat};
 
 use crate::{
     address::{Family, endpoint, fits, set_endpoint, socket},
@@ -69,21 +69,23 @@ fn remember(ctx: &SockAddrContext, client: &Client<'_>, original: &Endpoint, rou
         aya_log_ebpf::warn!(ctx, "no storage for a socket of namespace {}: unwatched", client.netns_cookie);
         return;
     };
-    let mut tried = [0; MAX_TRIES];
-    tried[0] = route.backend;
-    *stored = Socket {
-        // SAFETY: a helper without arguments.
-        connect_ns: unsafe { aya_ebpf::helpers::bpf_ktime_get_ns() },
-        netns_cookie: client.netns_cookie,
-        original: *original,
-        service: route.service,
-        backend: route.backend,
-        generation: route.generation,
-        flags: route.flags,
-        peer: route.at,
-        tried,
-        ..Socket::NONE
-    };
+    // Field by field: as a whole it would be cleared first, byte by byte. What describes a SYN counts only
+    // with SOCKET_SYN.
+    // SAFETY: a helper without arguments.
+    stored.connect_ns = unsafe { aya_ebpf::helpers::bpf_ktime_get_ns() };
+    stored.netns_cookie = client.netns_cookie;
+    stored.syn_ns = 0;
+    stored.original = *original;
+    stored.service = route.service;
+    stored.backend = route.backend;
+    stored.generation = route.generation;
+    stored.flags = route.flags;
+    stored.peer = route.at;
+    stored.isn = 0;
+    stored.syns = 0;
+    stored.replays = 0;
+    stored.tried = [route.backend, 0, 0, 0];
+    stored.options_len = 0;
 }
 
 /// This connect is none of ours, whatever the socket did before.
