@@ -8,7 +8,7 @@ use std::{
 use anyhow::{Result, bail};
 
 use super::{
-    Plan,
+    Plan, bpf,
     figure::{Figure, Goal},
     rig::{CLOSED_PORT, FLOW_PORT, Rig, live, vip},
     sample::{Rounds, quantile},
@@ -57,7 +57,27 @@ pub fn measure(rig: &mut Rig, plan: &Plan) -> Result<Vec<Figure>> {
     figures.extend(
         compared[1].figures(["rebound_flow_gbit", "rebound_flow_rtt_p50"], "rebound flow; baseline: bare veth"),
     );
+    figures.push(program_time(rig, plain_flow, moved_flow, plan)?);
     Ok(figures)
+}
+
+/// What the tc programs of both pods take for one byte there and back.
+fn program_time(rig: &mut Rig, plain_flow: usize, moved_flow: usize, plan: &Plan) -> Result<Figure> {
+    let programs = ["hitless_tc_egress", "hitless_tc_ingress"].map(|name| rig.pins.using_our_maps(name));
+    let [egress, ingress] = programs;
+    let (egress, ingress) = (egress?, ingress?);
+    let _counting = bpf::count_runs()?;
+    let mut rounds = Rounds::default();
+    for _ in 0..plan.flow_rounds {
+        let mut per_ping = |flow| -> Result<f64> {
+            let (out, (back, _)) = egress.during(|| ingress.during(|| rig.client.ping(flow, plan.pings)))?;
+            Ok((out.ns + back.ns) as f64 / f64::from(plan.pings))
+        };
+        rounds.push(per_ping(moved_flow)?, per_ping(plain_flow)?);
+    }
+    Ok(Figure::new("rebound_flow_cpu", rounds.value(), "ns")
+        .against_with_ratio(rounds.baseline(), rounds.ratio())
+        .note("all runs of the tc programs of both pods for one byte there and back, rebound flow; baseline: un-rebound flow"))
 }
 
 #[derive(Default)]
