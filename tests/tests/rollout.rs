@@ -27,13 +27,18 @@ fn start_storm(scene: &Scene, to: SocketAddr) -> Result<(Process, std::path::Pat
         "--target",
         &to.to_string(),
         "--connections",
-        &CONNECTIONS.to_string(),
+        "1000000000",
         "--threads",
         "4",
         "--result",
         &result.to_string_lossy(),
     ])?;
     Ok((process, result))
+}
+
+/// How many the kernel has seen established.
+fn connections(scene: &Scene) -> Result<u64> {
+    scene.counter("connects_established")
 }
 
 /// 100,000 connections at full speed while every pod is replaced 20 times, the control plane 5 s late.
@@ -62,7 +67,11 @@ fn a_storm_loses_nothing(family: Family, topology: Topology) -> Result<()> {
         }
         rollouts += 1;
     }
-    assert!(storm.running(), "the storm was over before the rollouts were: more connections are needed");
+    // A quick machine has made its 100,000 long ago and goes on; a slow one has to.
+    while storm.running() && connections(&scene)? < CONNECTIONS as u64 {
+        thread::sleep(Duration::from_millis(100));
+    }
+    storm.sigterm()?;
     storm.wait()?;
     let outcome: Outcome = serde_json::from_str(&std::fs::read_to_string(result)?)?;
     eprintln!(
@@ -74,8 +83,8 @@ fn a_storm_loses_nothing(family: Family, topology: Topology) -> Result<()> {
         outcome.connect_p99_us,
         outcome.connect_max_us
     );
-    assert_eq!((outcome.failed, &outcome.reasons), (0, &Default::default()));
-    assert_eq!(outcome.connections, CONNECTIONS as u64);
+    assert_eq!((outcome.failed, &outcome.reasons), (0, &Default::default()), "of {}", outcome.connections);
+    assert!(outcome.connections >= CONNECTIONS as u64, "{} connections", outcome.connections);
     for late in late {
         late.join().expect("no panic")?;
     }

@@ -40,7 +40,10 @@ impl Node {
 
         let mut batch = String::new();
         if site.spec.topology != Topology::Routed {
-            batch.push_str("link add br0 type bridge stp_state 0 forward_delay 0 mcast_snooping 0\n");
+            let mac = bridge_mac(index);
+            batch.push_str(&format!(
+                "link add br0 address {mac} type bridge stp_state 0 forward_delay 0 mcast_snooping 0\n"
+            ));
             for family in Family::BOTH {
                 let gateway = net::pod_address(family, index, 1);
                 batch.push_str(&format!("addr add {gateway}/{} dev br0{}\n", net::pod_prefix(family), nodad(family)));
@@ -104,6 +107,12 @@ pub(super) fn nodad(family: Family) -> &'static str {
         Family::V4 => "",
         Family::V6 => " nodad",
     }
+}
+
+/// A bridge without an address of its own takes the lowest of its ports': pods would lose their gateway whenever
+/// the pod that lent it is deleted (the CNI's bridge plugin fixes it too).
+fn bridge_mac(node: usize) -> String {
+    format!("02:00:0a:f4:{node:02x}:01")
 }
 
 /// The device's addresses are made from the node's number, so that no node must ask another.

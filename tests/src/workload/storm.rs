@@ -5,12 +5,13 @@ use std::{
     io::{self, Read, Write},
     net::{SocketAddr, TcpStream},
     path::PathBuf,
-    sync::atomic::{AtomicI64, Ordering},
+    sync::atomic::{AtomicBool, AtomicU64, Ordering},
     time::{Duration, Instant},
 };
 
 use anyhow::{Context, Result};
 use hdrhistogram::Histogram;
+use nix::sys::signal::{SaFlags, SigAction, SigHandler, SigSet, Signal, sigaction};
 use serde::{Deserialize, Serialize};
 
 use super::reason;
@@ -20,8 +21,9 @@ pub struct Options {
     /// Whom to connect: a server's --echo-tcp address, or a service in front of it
     #[arg(long)]
     pub target: SocketAddr,
+    /// Stop after so many; SIGTERM stops it earlier
     #[arg(long, default_value_t = 100_000)]
-    pub connections: i64,
+    pub connections: u64,
     #[arg(long, default_value_t = 8)]
     pub threads: usize,
     /// Milliseconds that a connect or an answer may take
@@ -52,13 +54,22 @@ struct Tally {
     connects: Histogram<u64>,
 }
 
+static STOP: AtomicBool = AtomicBool::new(false);
+
+extern "C" fn stop(_: libc::c_int) {
+    STOP.store(true, Ordering::Relaxed);
+}
+
 pub fn main(options: &Options) -> Result<()> {
+    let action = SigAction::new(SigHandler::Handler(stop), SaFlags::SA_RESTART, SigSet::empty());
+    // SAFETY: the handler only stores to an atomic.
+    unsafe { sigaction(Signal::SIGTERM, &action) }?;
     super::say_ready(options.ready_file.as_deref())?;
-    let left = AtomicI64::new(options.connections);
+    let started = AtomicU64::new(0);
     let start = Instant::now();
     let tallies = std::thread::scope(|scope| {
         let threads: Vec<_> =
-            (0..options.threads).map(|_| scope.spawn(|| connect_until_done(options, &left))).collect();
+            (0..options.threads).map(|_| scope.spawn(|| connect_until_done(options, &started))).collect();
         threads.into_iter().map(|thread| thread.join().expect("a thread of the storm panicked")).collect::<Vec<_>>()
     });
     let mut all = Tally::new();
@@ -91,12 +102,12 @@ impl Tally {
     }
 }
 
-fn connect_until_done(options: &Options, left: &AtomicI64) -> Tally {
+fn connect_until_done(options: &Options, started: &AtomicU64) -> Tally {
     let mut tally = Tally::new();
     let timeout = Duration::from_millis(options.timeout);
     loop {
-        let number = left.fetch_sub(1, Ordering::Relaxed);
-        if number <= 0 {
+        let number = started.fetch_add(1, Ordering::Relaxed);
+        if number >= options.connections || STOP.load(Ordering::Relaxed) {
             return tally;
         }
         tally.outcome.connections += 1;
@@ -113,7 +124,7 @@ fn connect_until_done(options: &Options, left: &AtomicI64) -> Tally {
 /// Returns who answered.
 fn converse(
     target: SocketAddr,
-    number: i64,
+    number: u64,
     timeout: Duration,
     connects: &mut Histogram<u64>,
 ) -> Result<String, String> {
