@@ -93,7 +93,7 @@ pub const fn syn_seen(known: SynKnown, isn: u32, now_ns: u64, limit: u32) -> Syn
     if known.flags & SOCKET_SYN == 0 || known.isn != isn {
         return SynSeen::First;
     }
-    if now_ns.wrapping_sub(known.last_ns) < SYN_SPACING_NS {
+    if now_ns.saturating_sub(known.last_ns) < SYN_SPACING_NS {
         return SynSeen::Echo;
     }
     let syns = known.syns.saturating_add(1);

@@ -161,7 +161,8 @@ fn remembered(key: &AffinityKey, affinity_s: u32, now_ns: u64) -> Present {
     let Some(entry) = AFFINITY.get_ptr(key) else { return Present::default() };
     // SAFETY: checked by the verifier; the generation tells a torn read.
     let entry = unsafe { cell::read(entry) };
-    if now_ns.wrapping_sub(entry.last_used_ns) > u64::from(affinity_s) * 1_000_000_000 {
+    // Another CPU may have used it after this one looked at the clock.
+    if now_ns.saturating_sub(entry.last_used_ns) > u64::from(affinity_s) * 1_000_000_000 {
         return Present::default();
     }
     Present { backend: entry.backend, generation: entry.generation, slot: entry.slot }

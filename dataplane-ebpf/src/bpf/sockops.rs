@@ -6,7 +6,7 @@ use aya_ebpf::{
         BPF_SOCK_OPS_TCP_CONNECT_CB, BPF_SOCK_OPS_TIMEOUT_INIT, BPF_TCP_CLOSE, BPF_TCP_ESTABLISHED, BPF_TCP_SYN_SENT,
         bpf_sock,
     },
-    helpers::{bpf_ktime_get_ns, bpf_probe_read_kernel, generated::bpf_skc_to_tcp_sock},
+    helpers::{bpf_ktime_get_coarse_ns, bpf_ktime_get_ns, bpf_probe_read_kernel, generated::bpf_skc_to_tcp_sock},
     programs::SockOpsContext,
 };
 use dataplane_ebpf::abi::{
@@ -87,7 +87,7 @@ fn stay(stored: &Socket) {
     }
     let key = AffinityKey { netns_cookie: stored.netns_cookie, service: stored.service, _pad: 0 };
     // SAFETY: a helper without arguments.
-    let now = unsafe { bpf_ktime_get_ns() };
+    let now = unsafe { bpf_ktime_get_coarse_ns() };
     let Socket { backend, generation, .. } = *stored;
     // The next connect looks for the slot itself.
     let entry = Affinity { backend, generation, slot: 0, _pad: 0, last_used_ns: now };
