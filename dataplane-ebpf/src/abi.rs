@@ -252,7 +252,9 @@ pub struct Socket {
     /// TCP flags octet of the SYN (SYN, and ECE|CWR when ECN is asked for, RFC 3168).
     pub tcp_flags: u8,
     pub ttl: u8,
-    pub _pad: [u8; 6],
+    pub _pad: [u8; 2],
+    /// [`Settings::maps`]: whose numbers `service`, `backend`, `generation` and `tried` are.
+    pub maps: u32,
     pub options: [u8; MAX_TCP_OPTIONS],
 }
 
@@ -277,7 +279,8 @@ impl Socket {
         traffic_class: 0,
         tcp_flags: 0,
         ttl: 0,
-        _pad: [0; 6],
+        _pad: [0; 2],
+        maps: 0,
         options: [0; MAX_TCP_OPTIONS],
     };
 }
@@ -302,7 +305,8 @@ pub const UDP_PEERS: usize = 8;
 pub struct UdpPeer {
     pub service_at: Endpoint,
     pub backend_at: Endpoint,
-    pub service: ServiceId,
+    /// As in [`Socket`].
+    pub maps: u32,
     pub backend: u32,
     pub generation: u32,
     /// As in [`Affinity`].
@@ -403,6 +407,10 @@ pub struct Settings {
     pub suspect_percent: u32,
     /// The bit(s) of skb->mark that tell hitless's own packets.
     pub mark: u32,
+    /// The kernel's identifier of this very map. What sockets remember of services and backends are numbers in the
+    /// maps that this one belongs to, and sockets outlive them.
+    pub maps: u32,
+    pub _pad: u32,
 }
 
 /// L1: signals on the node (SIGTERM, listener close) flip `HEALTH`.
@@ -571,6 +579,6 @@ sizes! {
     UdpSocket = 488,
     FlowKey = 36,
     Rebind = 40,
-    Settings = 32,
+    Settings = 40,
     Event = 64,
 }

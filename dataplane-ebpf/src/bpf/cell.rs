@@ -70,7 +70,8 @@ pub fn hide(value: u32, mask: u32) -> u32 {
 #[inline(always)]
 pub fn within(len: u32, max: u32) -> Option<u32> {
     let mut less_one = u64::from(len.wrapping_sub(1));
-    // SAFETY: no instruction at all; the compiler forgets where the value comes from.
-    unsafe { asm!("/* {0} */", inout(reg) less_one, options(nomem, nostack, preserves_flags)) };
+    // One instruction: without any, two lines of the source would claim the next one, and the kernel refuses that.
+    // SAFETY: a register into itself; the compiler forgets where the value comes from.
+    unsafe { asm!("{0} = {0}", inout(reg) less_one, options(nomem, nostack, preserves_flags)) };
     (less_one < u64::from(max)).then(|| less_one as u32 + 1)
 }

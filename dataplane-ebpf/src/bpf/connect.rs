@@ -23,7 +23,7 @@ pub fn connect(ctx: &SockAddrContext, family: Family) {
             }
             remember(ctx, &client, &original, &route);
             if original.proto == PROTO_UDP {
-                udp::remember(ctx, &original, &route);
+                udp::remember(ctx, &original, &route, client.settings.maps);
             }
             count(if route.flags & SOCKET_DIRECT != 0 { Stat::Direct } else { Stat::Translated });
         }
@@ -86,6 +86,7 @@ fn remember(ctx: &SockAddrContext, client: &Client<'_>, original: &Endpoint, rou
     stored.replays = 0;
     stored.tried = [route.backend, 0, 0, 0];
     stored.options_len = 0;
+    stored.maps = client.settings.maps;
 }
 
 /// This connect is none of ours, whatever the socket did before.

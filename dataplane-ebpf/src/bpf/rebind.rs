@@ -9,7 +9,7 @@ use dataplane_ebpf::{
     abi::{
         CAUSE_COLLISION, CAUSE_ICMP, CAUSE_RST, CAUSE_SILENT, EVENT_EXHAUSTED, EVENT_REBOUND, Endpoint, Event, FlowKey,
         LAYER_REBIND, MAX_TRIES, REBIND_NODE, REBIND_RST, ROLE_FORWARD, ROLE_REVERSE, ROLE_STALE, Rebind,
-        SERVICE_PINNED, SOCKET_ESTABLISHED, SOCKET_PROBE, SOCKET_REBOUND, Socket, Stat,
+        SERVICE_PINNED, SOCKET_ESTABLISHED, SOCKET_PROBE, SOCKET_REBOUND, Settings, Socket, Stat,
     },
     flow::{Way, closing},
     health::Class,
@@ -20,6 +20,7 @@ use crate::{
     events::emit,
     maps::{REBINDS, REBOUND, SERVICES, SOCKETS, count, settings, stored},
     pick::pick,
+    route::hitless_adopt,
     skb::Segment,
     suspect,
 };
@@ -256,11 +257,12 @@ impl Found {
 
 /// Is it a connect of ours, not yet answered?
 #[inline(always)]
-pub fn is_ours(socket: *const Socket) -> bool {
+pub fn is_ours(settings: &Settings, socket: *mut Socket) -> bool {
     // SAFETY: the caller has checked that it is not null.
     unsafe {
         cell::read(&raw const (*socket).service) != 0
             && cell::read(&raw const (*socket).flags) & SOCKET_ESTABLISHED == 0
+            && (cell::read(&raw const (*socket).maps) == settings.maps || hitless_adopt(socket, settings.maps) != 0)
     }
 }
 

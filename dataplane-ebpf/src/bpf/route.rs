@@ -4,7 +4,7 @@ use aya_ebpf::{bindings::BPF_ANY, helpers::bpf_ktime_get_coarse_ns};
 use dataplane_ebpf::{
     abi::{
         Addr, Affinity, AffinityKey, Endpoint, MAX_TRIES, POD_GATEWAY, Pod, SERVICE_PINNED, SOCKET_DIRECT,
-        SOCKET_PROBE, Service, ServiceId, Settings, Stat,
+        SOCKET_PROBE, Service, ServiceId, Settings, Socket, Stat,
     },
     health::{Class, ticks},
 };
@@ -72,6 +72,43 @@ pub fn gateway_target(client: &Client<'_>, to: &Endpoint) -> Option<(Service, Pr
     }
     let group = service(backend.group)?;
     (group.flags & SERVICE_PINNED == 0).then_some((group, Present { backend: id, generation, slot: 0 }))
+}
+
+/// The backend at `at`.
+#[inline(always)]
+pub fn present_at(at: &Endpoint) -> Present {
+    let found = BACKEND_INDEX.get_ptr(at).and_then(|id| {
+        // SAFETY: checked by the verifier.
+        let id = unsafe { cell::read(id) };
+        let generation = health(id)?.generation();
+        (backend(id, generation)?.at == *at).then_some(Present { backend: id, generation, slot: 0 })
+    });
+    found.unwrap_or_default()
+}
+
+/// Gives a connect that began under other maps its numbers in these: an upgrade moves the programs one by one.
+/// Returns 1, or 0: its service is not here.
+#[unsafe(no_mangle)]
+#[inline(never)]
+pub extern "C" fn hitless_adopt(socket: *mut Socket, maps: u32) -> u32 {
+    // SAFETY: the verifier checks what callers pass.
+    let Some(socket) = (unsafe { socket.as_mut() }) else { return 0 };
+    // Before 6.2 a key must be on the stack.
+    let mut at = socket.peer;
+    let Present { backend: id, generation, .. } = present_at(&at);
+    at = socket.original;
+    let service = if socket.flags & SOCKET_DIRECT == 0 {
+        frontend(&at).map_or(0, |service| service.id)
+    } else {
+        let Present { backend: id, generation, .. } = present_at(&at);
+        backend(id, generation).map_or(0, |backend| backend.group)
+    };
+    socket.service = service;
+    socket.backend = id;
+    socket.generation = generation;
+    socket.tried = [id, 0, 0, 0];
+    socket.maps = maps;
+    (service != 0) as u32
 }
 
 #[inline(always)]

@@ -19,6 +19,7 @@ use crate::{
     events::emit,
     maps::{AFFINITY, SERVICES, SOCKETS, count, settings, stored},
     offsets::{OFF_SK_ERR, get},
+    route::hitless_adopt,
     suspect::{answered, failed},
 };
 
@@ -48,6 +49,10 @@ pub fn call_back(ctx: &SockOpsContext) {
     // SAFETY: the context's own socket.
     let Some(stored) = (unsafe { stored(&SOCKETS, sk) }) else { return };
     if stored.service == 0 {
+        return;
+    }
+    let maps = settings().map_or(0, |settings| settings.maps);
+    if stored.maps != maps && hitless_adopt(stored, maps) == 0 {
         return;
     }
     match op {

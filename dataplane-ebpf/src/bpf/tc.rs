@@ -112,7 +112,7 @@ fn egress_syn<const NODE: bool>(skb: Skb, work: &mut Work) -> i32 {
         role = 0;
     }
     let back = if any_rebound() { taken::<NODE>(work) } else { 0 };
-    let ours = !from.storage.is_null() && is_ours(from.storage);
+    let ours = !from.storage.is_null() && is_ours(settings, from.storage);
     if role == 0 && back == 0 && !ours {
         return PASS;
     }
@@ -347,7 +347,7 @@ fn replay<const NODE: bool>(skb: Skb, work: &mut Work, role: u8, cause: u32) -> 
         work.believed.peer_port_be = work.to.port_be;
     }
     let socket = socket_of(skb.0, &work.believed).storage;
-    if socket.is_null() || !is_ours(socket) {
+    if socket.is_null() || !is_ours(settings, socket) {
         return Replay::No;
     }
     // SAFETY: not null.

@@ -7,7 +7,7 @@ use crate::{
     address::{Family, endpoint, fits, set_endpoint, socket},
     connect::client,
     maps::{UDP_SOCKETS, count, stored, stored_or_new},
-    route::{Present, Route, frontend, route},
+    route::{Present, Route, frontend, present_at, route},
 };
 
 /// sendmsg() with an address.
@@ -18,12 +18,12 @@ pub fn send(ctx: &SockAddrContext, family: Family) {
     let Some(service) = frontend(&original) else { return };
     // SAFETY: the context's own socket.
     let known = unsafe { stored(&UDP_SOCKETS, socket(ctx)) };
-    let present = known.as_deref().map_or(Present::default(), |sock| present(sock, &original));
+    let present = known.as_deref().map_or(Present::default(), |sock| present(sock, &original, client.settings.maps));
     match route(&client, &service, present, false).filter(|route| fits(&route.at, family)) {
         Some(route) => {
             set_endpoint(ctx, family, &route.at);
             if route.backend != present.backend || route.generation != present.generation {
-                remember(ctx, &original, &route);
+                remember(ctx, &original, &route, client.settings.maps);
             }
             count(Stat::Translated);
         }
@@ -47,9 +47,13 @@ pub fn receive(ctx: &SockAddrContext, family: Family) {
 
 /// The backend that the socket uses for the service at `to`.
 #[inline(always)]
-fn present(sock: &UdpSocket, to: &Endpoint) -> Present {
+fn present(sock: &UdpSocket, to: &Endpoint, maps: u32) -> Present {
     for peer in &sock.peers {
         if peer.service_at == *to && peer.stale == 0 && peer.backend != 0 {
+            if peer.maps != maps {
+                // Numbers in other maps: an upgrade came in between.
+                return present_at(&peer.backend_at);
+            }
             return Present { backend: peer.backend, generation: peer.generation, slot: peer.slot };
         }
     }
@@ -59,7 +63,7 @@ fn present(sock: &UdpSocket, to: &Endpoint) -> Present {
 /// Notes that the socket uses another backend for the service at `original` from now on. The one
 /// before it stays on as stale: its replies under way still find their service.
 #[inline(always)]
-pub fn remember(ctx: &SockAddrContext, original: &Endpoint, route: &Route) {
+pub fn remember(ctx: &SockAddrContext, original: &Endpoint, route: &Route, maps: u32) {
     debug_assert!(original.proto == PROTO_UDP);
     // SAFETY: the context's own socket.
     let Some(sock) = (unsafe { stored_or_new(&UDP_SOCKETS, socket(ctx)) }) else {
@@ -81,7 +85,7 @@ pub fn remember(ctx: &SockAddrContext, original: &Endpoint, route: &Route) {
     sock.peers[at] = UdpPeer {
         service_at: *original,
         backend_at: route.at,
-        service: route.service,
+        maps,
         backend: route.backend,
         generation: route.generation,
         slot: route.slot,

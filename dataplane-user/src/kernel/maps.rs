@@ -156,6 +156,8 @@ pub struct Maps {
     pub settings: MappedArray<abi::Settings>,
     pub rebound: MappedArray<u64>,
     pub stats: OwnedFd,
+    /// [`abi::Settings::maps`].
+    pub number: u32,
 }
 
 impl Maps {
@@ -172,7 +174,12 @@ impl Maps {
         fn mapped<T: Pod>(name: &'static str, fd: OwnedFd, size: u32, writable: bool) -> Result<MappedArray<T>, Error> {
             MappedArray::new(fd, size, writable).map_err(|source| Error::Map { map: name, doing: "mmap", source })
         }
+        let settings = open("SETTINGS")?;
+        let number = sys::map_info(settings.as_fd())
+            .map_err(|source| Error::Map { map: "SETTINGS", doing: "asking for its identifier", source })?
+            .id;
         Ok(Self {
+            number,
             frontends: hash("FRONTENDS")?,
             slots: hash("SLOTS")?,
             backend_index: hash("BACKEND_INDEX")?,
@@ -184,7 +191,7 @@ impl Maps {
             services: mapped("SERVICES", open("SERVICES")?, sizes.services, writable)?,
             backends: mapped("BACKENDS", open("BACKENDS")?, sizes.backends, writable)?,
             health: mapped("HEALTH", open("HEALTH")?, sizes.backends, writable)?,
-            settings: mapped("SETTINGS", open("SETTINGS")?, 1, writable)?,
+            settings: mapped("SETTINGS", settings, 1, writable)?,
             rebound: mapped("REBOUND", open("REBOUND")?, 1, writable)?,
             stats: open("STATS")?,
         })

@@ -116,6 +116,8 @@ pub fn default_settings() -> Settings {
         suspect_max_level: 6,
         suspect_percent: 50,
         mark: 0x0048_0000,
+        maps: 0,
+        _pad: 0,
     }
 }
 
@@ -188,7 +190,7 @@ impl Kernel {
             return Err(Error::Missing { what: format!("program {name}") });
         }
         let maps = Arc::new(maps::Maps::open(|name| pins.map(name), &config.sizes, true)?);
-        maps.settings.set(0, config.settings);
+        maps.settings.set(0, Settings { maps: maps.number, ..config.settings });
         let events = Events::open(&pins.map("EVENTS"))?;
         let seed = if pins.adopted() { snapshot::seed(&maps)? } else { Seed::default() };
         let logger = if ebpf.map("AYA_LOGS").is_some() { aya_log::EbpfLogger::init(&mut ebpf).ok() } else { None };
@@ -273,7 +275,7 @@ impl Kernel {
     }
 
     pub fn set_settings(&mut self, settings: Settings) {
-        self.maps.settings.set(0, settings);
+        self.maps.settings.set(0, Settings { maps: self.maps.number, ..settings });
     }
 
     pub fn settings(&self) -> Settings {

@@ -173,7 +173,7 @@ impl Rig {
     /// Until dropped, one client's word makes any number of backends suspect.
     pub fn trust_one_client(&self) -> Result<Changed> {
         let settings = self.pins.settings()?;
-        let before = [0, 1, 2, 3].map(|index| settings.word(index).load(Ordering::SeqCst));
+        let before = std::array::from_fn(|index| settings.word(index as u32).load(Ordering::SeqCst));
         let mut changed = Changed { settings, before };
         changed.set(std::mem::offset_of!(abi::Settings, suspect_percent), 1_000_000);
         Ok(changed)
@@ -217,10 +217,8 @@ impl Rig {
 /// Settings that are not the agent's; they are again when this is dropped.
 pub struct Changed {
     settings: Words,
-    before: [u64; 4],
+    before: [u64; size_of::<abi::Settings>() / 8],
 }
-
-const _: () = assert!(size_of::<abi::Settings>() == 32);
 
 impl Changed {
     pub fn set_max_replays(&mut self, replays: u32) {
