@@ -410,7 +410,8 @@ pub struct Settings {
     /// The kernel's identifier of this very map. What sockets remember of services and backends are numbers in the
     /// maps that this one belongs to, and sockets outlive them.
     pub maps: u32,
-    pub _pad: u32,
+    /// SYNs closer than this are one: half of the SYN timeout.
+    pub syn_spacing_ns: u32,
 }
 
 /// L1: signals on the node (SIGTERM, listener close) flip `HEALTH`.

@@ -67,15 +67,13 @@ pub enum SynSeen {
     First,
     /// The n-th to the present peer.
     Again(u32),
-    /// The same SYN, met again on another device, or a retransmission whose timer began before
-    /// the last replay: not counted.
+    /// The same SYN, met again on another device; a retransmission whose timer began before the last replay; or
+    /// one that answers an answer (a peer in TIME-WAIT acknowledges what it remembers, the client resets that and
+    /// sends its SYN again after two ticks: `tcp_rcv_synsent_state_process()`): not counted.
     Echo,
     /// The limit is reached: the peer is silent.
     Silent,
 }
-
-/// SYNs closer than this are one: no retransmission timer is that short.
-pub const SYN_SPACING_NS: u64 = 10_000_000;
 
 /// What the socket's storage knows of its SYN.
 #[derive(Clone, Copy, Debug)]
@@ -87,17 +85,26 @@ pub struct SynKnown {
     pub last_ns: u64,
 }
 
-/// Sorts a SYN with sequence number `isn`. `limit` is `Settings::syn_limit`; 0 is none.
+/// How SYNs are counted: `Settings::syn_limit` and `Settings::syn_spacing_ns`.
+#[derive(Clone, Copy, Debug)]
+pub struct SynLaw {
+    /// 0 is none.
+    pub limit: u32,
+    /// SYNs closer than this are one.
+    pub spacing_ns: u32,
+}
+
+/// Sorts a SYN with sequence number `isn`.
 #[inline(always)]
-pub const fn syn_seen(known: SynKnown, isn: u32, now_ns: u64, limit: u32) -> SynSeen {
+pub const fn syn_seen(known: SynKnown, isn: u32, now_ns: u64, law: SynLaw) -> SynSeen {
     if known.flags & SOCKET_SYN == 0 || known.isn != isn {
         return SynSeen::First;
     }
-    if now_ns.saturating_sub(known.last_ns) < SYN_SPACING_NS {
+    if now_ns.saturating_sub(known.last_ns) < law.spacing_ns as u64 {
         return SynSeen::Echo;
     }
     let syns = known.syns.saturating_add(1);
-    if limit != 0 && syns >= limit { SynSeen::Silent } else { SynSeen::Again(syns) }
+    if law.limit != 0 && syns >= law.limit { SynSeen::Silent } else { SynSeen::Again(syns) }
 }
 
 #[cfg(test)]
@@ -123,23 +130,32 @@ mod tests {
         SynKnown { flags: SOCKET_SYN, isn, syns, last_ns }
     }
 
+    const fn law(limit: u32) -> SynLaw {
+        SynLaw { limit, spacing_ns: 100_000_000 }
+    }
+
     #[test]
     fn the_first_retransmission_to_a_silent_peer_moves() {
         let first = SynKnown { flags: 0, isn: 0, syns: 0, last_ns: 0 };
-        assert_eq!(syn_seen(first, 7, 1, 2), SynSeen::First);
-        assert_eq!(syn_seen(known(7, 1, 0), 7, 200_000_000, 2), SynSeen::Silent);
-        assert_eq!(syn_seen(known(7, 1, 0), 7, 200_000_000, 3), SynSeen::Again(2));
-        assert_eq!(syn_seen(known(7, 9, 0), 7, 200_000_000, 0), SynSeen::Again(10));
+        assert_eq!(syn_seen(first, 7, 1, law(2)), SynSeen::First);
+        assert_eq!(syn_seen(known(7, 1, 0), 7, 200_000_000, law(2)), SynSeen::Silent);
+        assert_eq!(syn_seen(known(7, 1, 0), 7, 200_000_000, law(3)), SynSeen::Again(2));
+        assert_eq!(syn_seen(known(7, 9, 0), 7, 200_000_000, law(0)), SynSeen::Again(10));
     }
 
     #[test]
     fn a_syn_seen_on_two_devices_counts_once() {
-        assert_eq!(syn_seen(known(7, 1, 1_000), 7, 3_000, 2), SynSeen::Echo);
+        assert_eq!(syn_seen(known(7, 1, 1_000), 7, 3_000, law(2)), SynSeen::Echo);
+    }
+
+    #[test]
+    fn a_syn_sent_again_after_an_answer_from_time_wait_is_no_silence() {
+        assert_eq!(syn_seen(known(7, 1, 0), 7, 8_000_000, law(2)), SynSeen::Echo);
     }
 
     #[test]
     fn another_isn_is_another_connect() {
-        assert_eq!(syn_seen(known(7, 3, 0), 8, 200_000_000, 2), SynSeen::First);
+        assert_eq!(syn_seen(known(7, 3, 0), 8, 200_000_000, law(2)), SynSeen::First);
     }
 
     proptest! {

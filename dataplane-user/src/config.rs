@@ -237,6 +237,7 @@ impl Options {
             suspect_max_level: self.suspect_levels.map_or(default.suspect_max_level, |levels| levels + 1),
             suspect_percent: self.suspect_percent.unwrap_or(default.suspect_percent),
             mark: self.mark.map_or(default.mark, |mark| mark.0),
+            syn_spacing_ns: span(self.syn_timeout).map_or(default.syn_spacing_ns, kernel::syn_spacing_ns),
             ..default
         };
         kernel.tcx = match self.tcx.unwrap_or_default() {

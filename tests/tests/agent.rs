@@ -98,11 +98,17 @@ fn storm(scene: &Scene) -> Result<(Process, PathBuf)> {
     Ok((process, result))
 }
 
-fn assert_nothing_lost(storm: &Process, result: &PathBuf) -> Result<()> {
+fn assert_nothing_lost(scene: &Scene, storm: &Process, result: &PathBuf) -> Result<()> {
     storm.sigterm()?;
     storm.wait()?;
     let outcome: Outcome = serde_json::from_str(&std::fs::read_to_string(result)?)?;
-    assert_eq!((outcome.failed, &outcome.reasons), (0, &Default::default()), "of {}", outcome.connections);
+    assert_eq!(
+        (outcome.failed, &outcome.reasons),
+        (0, &Default::default()),
+        "of {}; the last agent counted {:?}",
+        outcome.connections,
+        scene.agent(1).counters()?
+    );
     assert!(outcome.connections > 1000, "{} connections prove little", outcome.connections);
     Ok(())
 }
@@ -128,7 +134,7 @@ fn kill_9_at_any_moment_fails_no_connection() -> Result<()> {
         scene.start_agent(1, AgentOptions::default())?;
         old.pod.delete()?;
     }
-    assert_nothing_lost(&storm, &result)
+    assert_nothing_lost(&scene, &storm, &result)
 }
 
 #[test]
@@ -148,7 +154,7 @@ fn an_upgrade_to_another_map_layout_fails_no_connection() -> Result<()> {
         let args = vec!["--layout-salt".to_owned(), salt.to_owned()];
         scene.start_agent(1, AgentOptions { args, ..AgentOptions::default() })?;
     }
-    assert_nothing_lost(&storm, &result)?;
+    assert_nothing_lost(&scene, &storm, &result)?;
     for stream in &mut open {
         who(stream)?;
     }

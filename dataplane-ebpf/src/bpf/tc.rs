@@ -6,7 +6,7 @@ use dataplane_ebpf::{
         CAUSE_COLLISION, CAUSE_ICMP, CAUSE_RST, CAUSE_SILENT, Endpoint, FlowKey, LAYER_REBIND, PROTO_TCP, ROLE_FORWARD,
         ROLE_REVERSE, SOCKET_REBOUND, SOCKET_SYN, Settings, Socket, Stat,
     },
-    flow::{SynKnown, SynSeen, Verdict, Way, syn_seen, verdict},
+    flow::{SynKnown, SynLaw, SynSeen, Verdict, Way, syn_seen, verdict},
     packet::{
         ETHERTYPE_IPV4_BE, ETHERTYPE_IPV6_BE, PROTO_ICMP, PROTO_ICMPV6, Quote, TCP_ACK, TCP_LEN, TCP_RST, is_syn,
         quotes, refuses,
@@ -196,7 +196,8 @@ fn track(skb: Skb, segment: &Segment, socket: *mut Socket, settings: &Settings) 
             syns: cell::read(&raw const (*socket).syns),
             last_ns: cell::read(&raw const (*socket).syn_ns),
         };
-        let seen = syn_seen(known, segment.seq, now, settings.syn_limit);
+        let law = SynLaw { limit: settings.syn_limit, spacing_ns: settings.syn_spacing_ns };
+        let seen = syn_seen(known, segment.seq, now, law);
         match seen {
             SynSeen::Echo => return Some(seen),
             SynSeen::First => {

@@ -117,8 +117,14 @@ pub fn default_settings() -> Settings {
         suspect_percent: 50,
         mark: 0x0048_0000,
         maps: 0,
-        _pad: 0,
+        syn_spacing_ns: syn_spacing_ns(200),
     }
+}
+
+/// [`Settings::syn_spacing_ns`] for a SYN timeout; 0 is the system's, one second (RFC 6298 section 2.1).
+pub fn syn_spacing_ns(timeout_ms: u32) -> u32 {
+    let timeout_ms = if timeout_ms == 0 { 1000 } else { timeout_ms };
+    timeout_ms.saturating_mul(1_000_000 / 2)
 }
 
 /// Milliseconds in ticks of the running kernel, at least 1. The coarse clocks advance once per
