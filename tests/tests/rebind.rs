@@ -4,6 +4,7 @@ use std::{
     collections::BTreeSet,
     io::{self, ErrorKind, Read, Write},
     net::{SocketAddr, TcpStream},
+    os::fd::AsRawFd as _,
     time::{Duration, Instant},
 };
 
@@ -11,9 +12,11 @@ use anyhow::Result;
 use hitless_tests::lab::{
     Topology,
     control::Terms,
-    net::Family,
+    net::{self, Family},
     scene::{PORT, SERVICE, Scene, SceneSpec, Web, connect_from, serves, service, start_server, who},
 };
+use hitless_tests::workload::sockets::Kind;
+use nix::sys::socket::{SockaddrStorage, sockopt::ReuseAddr};
 
 /// Only L3: nothing warns of the dead backend, so that connects do meet it.
 fn only_rebind(topology: Topology, webs: &[usize]) -> Scene {
@@ -89,6 +92,38 @@ fn a_silent_backend_is_left_for_another() {
     // Without hitless the first retransmission is after a second, and the connect fails after two minutes.
     assert!(slowest < Duration::from_millis(900), "{slowest:?}");
     assert!(scene.counter("rebinds_silent").expect("counters") > 0);
+}
+
+/// Connect from a port of the client's own choice.
+fn connect_from_port(scene: &Scene, port: u16, to: SocketAddr) -> Result<TcpStream> {
+    let socket = scene.client.place.socket(Kind::Tcp4)?;
+    let from = SockaddrStorage::from(SocketAddr::new(scene.client.v4(), port));
+    nix::sys::socket::setsockopt(&socket, ReuseAddr, &true)?;
+    nix::sys::socket::bind(socket.as_raw_fd(), &from)?;
+    Ok(net::connect(socket, to)?)
+}
+
+/// Who closes first keeps the connection in TIME-WAIT, with the sequence numbers and the clock that the client
+/// shows this very peer. A SYN that was made for another one and moved here may look old, and is answered by the
+/// acknowledgement of back then; the client resets that and sends the SYN again at once.
+#[test]
+fn a_peer_that_remembers_the_port_is_not_taken_for_silent() -> Result<()> {
+    let scene = only_rebind(Topology::Bridge, &[2, 2]);
+    let (dead, alive) = (&scene.webs[0], &scene.webs[1]);
+    let ports = 20_000..20_000 + OFTEN as u16;
+    for port in ports.clone() {
+        let mut stream = connect_from_port(&scene, port, (alive.pod.v4(), PORT).into())?;
+        stream.write_all(b"bye\n")?;
+        stream.read_to_end(&mut Vec::new())?;
+    }
+    kill(dead);
+    for port in ports {
+        let mut stream = connect_from_port(&scene, port, scene.vip(Family::V4))?;
+        assert_eq!(who(&mut stream)?, alive.name);
+    }
+    assert!(scene.counter("rebinds_rst")? > 0, "nobody met the dead backend");
+    assert_eq!(scene.counter("rebinds_silent")?, 0);
+    Ok(())
 }
 
 #[test]
