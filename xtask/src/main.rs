@@ -43,6 +43,8 @@ enum Task {
     Bench(Passed),
     /// Open an interactive lab of nodes and pods
     Lab(Passed),
+    /// A real Kubernetes on this machine: up, down, status, kubectl, build
+    Cluster(Passed),
     /// Check formatting, dependencies and lints
     Check,
     /// Check the dependencies by deny.toml
@@ -81,6 +83,7 @@ fn run(task: Task) -> Result<()> {
         Task::Test(options) => suites::run(workspace, &options),
         Task::Bench(passed) => tasks::run(workspace, "hitless-bench", &[], passed),
         Task::Lab(passed) => tasks::lab(workspace, passed),
+        Task::Cluster(passed) => tasks::run(workspace, "hitless-lab", &["cluster"], passed),
         Task::Check => tasks::check(workspace),
         Task::Deps => deps::check(workspace),
         Task::Gate => gate::run(&workspace.object()),

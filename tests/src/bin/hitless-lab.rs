@@ -5,7 +5,7 @@ use std::io::Write;
 use anyhow::Result;
 use clap::{Parser, Subcommand};
 use hitless_tests::{
-    demo,
+    cluster, demo,
     lab::{Lab, LabSpec, Topology, cleanup},
     workload::{client, gateway, server, sockets, storm},
 };
@@ -25,6 +25,9 @@ enum Command {
     /// Make a lab to play in, say how to get around in it, and keep it until Ctrl-C
     #[command(alias = "shell")]
     Up(Up),
+    /// A real Kubernetes on this machine
+    #[command(subcommand)]
+    Cluster(cluster::command::Command),
     /// Remove what labs left behind whose process is gone
     Sweep,
     /// HTTP server that closes its listener at SIGTERM
@@ -60,6 +63,7 @@ fn main() -> Result<()> {
             Ok(())
         }
         Command::Up(options) => up(&options),
+        Command::Cluster(command) => cluster::command::main(command),
         Command::Sweep => {
             for id in cleanup::sweep()? {
                 println!("removed lab {id}");

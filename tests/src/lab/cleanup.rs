@@ -7,7 +7,7 @@ use std::{
     str::FromStr,
     sync::{
         Mutex, Once,
-        atomic::{AtomicI32, Ordering},
+        atomic::{AtomicI32, AtomicU32, Ordering},
     },
     time::{Duration, Instant},
 };
@@ -72,11 +72,25 @@ pub fn cgroup2_root() -> Result<PathBuf> {
         .context("no cgroup2 is mounted: mount one with `mount -t cgroup2 none /sys/fs/cgroup/unified`")
 }
 
+/// Where the hierarchies of cgroup version 1 are mounted: a kubelet makes its groups in each of them.
+pub(crate) fn hierarchies() -> Vec<PathBuf> {
+    let mounts = fs::read_to_string("/proc/self/mounts").unwrap_or_default();
+    let fields = mounts.lines().map(|line| line.split(' ').collect::<Vec<_>>());
+    fields.filter(|fields| fields.get(2) == Some(&"cgroup")).map(|fields| PathBuf::from(fields[1])).collect()
+}
+
 static REGISTERED: Mutex<Vec<LabId>> = Mutex::new(Vec::new());
 static INTERRUPTED: AtomicI32 = AtomicI32::new(-1);
 
-/// Have the lab removed when this process is told to stop.
-pub(super) fn register(id: LabId) -> Result<()> {
+/// The identifier of a new lab of this process, removed when the process is told to stop.
+pub(crate) fn claim() -> Result<LabId> {
+    static LABS: AtomicU32 = AtomicU32::new(0);
+    let id = LabId { pid: std::process::id(), number: LABS.fetch_add(1, Ordering::Relaxed) };
+    register(id)?;
+    Ok(id)
+}
+
+fn register(id: LabId) -> Result<()> {
     static HANDLER: Once = Once::new();
     let mut result = Ok(());
     HANDLER.call_once(|| result = watch_signals());
@@ -129,6 +143,9 @@ pub fn remove(id: LabId) {
     }
     if let Ok(cgroup) = &cgroup {
         report(&format!("remove cgroup {}", cgroup.display()), remove_cgroup(cgroup).map_err(Into::into));
+    }
+    for cgroup in hierarchies().into_iter().map(|root| root.join(format!("{DIR_PREFIX}{id}"))) {
+        report(&format!("remove cgroup {}", cgroup.display()), remove_cgroup(&cgroup).map_err(Into::into));
     }
     if id.dir().exists() {
         report(&format!("remove {}", id.dir().display()), fs::remove_dir_all(id.dir()).map_err(Into::into));

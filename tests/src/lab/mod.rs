@@ -17,10 +17,7 @@ pub mod scene;
 use std::{
     fs,
     path::{Path, PathBuf},
-    sync::{
-        Arc,
-        atomic::{AtomicU32, Ordering},
-    },
+    sync::Arc,
 };
 
 use anyhow::{Context, Result};
@@ -81,13 +78,10 @@ pub struct Lab {
     outside: Place,
 }
 
-static LABS: AtomicU32 = AtomicU32::new(0);
-
 impl Lab {
     pub fn new(spec: LabSpec) -> Result<Self> {
         cleanup::sweep()?;
-        let id = LabId { pid: std::process::id(), number: LABS.fetch_add(1, Ordering::Relaxed) };
-        cleanup::register(id)?;
+        let id = cleanup::claim()?;
         let built = Self::build(id, spec);
         if built.is_err() {
             cleanup::remove(id);

@@ -24,7 +24,7 @@ pub struct Netns {
 }
 
 impl Netns {
-    pub(super) fn create(lab: &LabId, name: &str) -> Result<Self> {
+    pub(crate) fn create(lab: &LabId, name: &str) -> Result<Self> {
         let name = lab.netns(name);
         ip(None, &format!("netns add {name}\n"))?;
         let netns = Self { path: Path::new(NETNS_DIR).join(&name), name };
@@ -176,7 +176,7 @@ pub fn service_address(family: Family, n: u16) -> IpAddr {
 }
 
 /// Give `netns` an `eth0` on the segment; the other end is the fabric's port `port`.
-pub(super) fn join_segment(fabric: &Netns, netns: &Netns, port: &str, host: usize) -> Result<()> {
+pub(crate) fn join_segment(fabric: &Netns, netns: &Netns, port: &str, host: usize) -> Result<()> {
     ip(
         Some(fabric),
         &format!(

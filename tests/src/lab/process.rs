@@ -31,7 +31,7 @@ const READY_WITHIN: Duration = Duration::from_secs(20);
 /// Since Linux 5.7; libc's constant is too narrow.
 const CLONE_INTO_CGROUP: u64 = 1 << 33;
 
-pub(super) struct Spawn<'a> {
+pub(crate) struct Spawn<'a> {
     pub args: &'a [String],
     pub netns: &'a Netns,
     pub cgroup: &'a Path,
@@ -41,7 +41,7 @@ pub(super) struct Spawn<'a> {
 }
 
 impl Spawn<'_> {
-    pub(super) fn start(self) -> Result<Process> {
+    pub(crate) fn start(self) -> Result<Process> {
         let what = self.args.join(" ");
         self.clone3().with_context(|| format!("start `{what}` in {}", self.netns.name))
     }
@@ -243,7 +243,7 @@ impl Drop for Process {
     }
 }
 
-pub(super) fn tail(path: &Path, lines: usize) -> String {
+pub(crate) fn tail(path: &Path, lines: usize) -> String {
     let text = fs::read_to_string(path).unwrap_or_default();
     let skip = text.lines().count().saturating_sub(lines);
     text.lines().skip(skip).collect::<Vec<_>>().join("\n")
