@@ -13,7 +13,7 @@ use anyhow::{Context, Result, bail};
 use serde::{Deserialize, Serialize};
 
 use super::{Cluster, ControlPlane, KubeProxy, Spec, image, parts};
-use crate::lab::cleanup;
+use crate::lab::cleanup::{self, start_time};
 
 #[derive(clap::Subcommand, Debug)]
 pub enum Command {
@@ -212,14 +212,4 @@ impl State {
         writeln!(out, "try          cargo xtask cluster kubectl get nodes")?;
         Ok(())
     }
-}
-
-fn start_time(pid: i32) -> Option<u64> {
-    let stat = fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
-    // The name, in brackets, may hold anything.
-    let mut fields = stat.rsplit_once(')')?.1.split_whitespace();
-    if fields.next() == Some("Z") {
-        return None;
-    }
-    fields.nth(18)?.parse().ok()
 }

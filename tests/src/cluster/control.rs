@@ -3,7 +3,7 @@
 use std::{
     fs,
     net::{IpAddr, Ipv4Addr, TcpListener},
-    path::{Path, PathBuf},
+    path::PathBuf,
     process::Command,
     time::{Duration, Instant},
 };
@@ -208,6 +208,7 @@ impl ControlPlane {
                 } else {
                     "--disable-admission-plugins=ServiceAccount"
                 },
+                "--kubelet-preferred-address-types=InternalIP",
                 "--shutdown-delay-duration=0s",
                 "--profiling=false",
             ],
@@ -333,9 +334,4 @@ fn certificates(site: &Site, address: IpAddr) -> Result<()> {
         tokens.push_str(&format!("node-{node},system:node:node-{node},node-{node},\"system:nodes\"\n"));
     }
     Ok(fs::write(site.file("tokens.csv"), tokens)?)
-}
-
-/// For a test that wants to say which file.
-pub fn read(path: &Path) -> Result<String> {
-    fs::read_to_string(path).with_context(|| format!("read {}", path.display()))
 }

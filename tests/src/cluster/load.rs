@@ -58,7 +58,7 @@ impl Load {
              spec:\n  nodeName: node-{node}\n  restartPolicy: Never\n  terminationGracePeriodSeconds: 1\n  containers:\n\
              \x20 - name: fortio\n    image: {FORTIO}\n    imagePullPolicy: Never\n\
              \x20   args: [load, -quiet, -keepalive=false, -allow-initial-errors, -abort-on=-2, \"-qps={qps}\", \"-c={connections}\", \
-             \"-t={seconds}s\", -timeout=10s, -nocatchup, -json=-, \"{url}\"]\n"
+             \"-t={seconds}s\", -timeout=3s, -nocatchup, -json=-, \"{url}\"]\n"
         ))?;
         let pod = format!("pod/{name}");
         cluster

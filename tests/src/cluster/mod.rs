@@ -3,10 +3,12 @@
 
 pub mod command;
 pub mod control;
+pub mod gateway;
 pub mod image;
 pub mod load;
 pub mod node;
 pub mod parts;
+pub mod scene;
 
 use std::{
     path::Path,

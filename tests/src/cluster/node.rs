@@ -50,7 +50,7 @@ impl Node {
             }
         }
         // Addresses of services need a route before anything rewrites them.
-        routes.push_str("route add default dev eth0\n-6 route add default dev eth0\n");
+        routes.push_str("route add default dev eth0\nroute add ::/0 dev eth0\n");
         ip(Some(&netns), &routes)?;
 
         let dir = site.file(&name);

@@ -163,11 +163,23 @@ pub fn sweep() -> Result<Vec<LabId>> {
     ids.extend(leftovers_netns().into_iter().map(|(_, id)| id));
     ids.sort_unstable_by_key(|id| (id.pid, id.number));
     ids.dedup();
-    ids.retain(|id| !Path::new(&format!("/proc/{}", id.pid)).exists());
+    ids.retain(|id| start_time(id.pid.cast_signed()).is_none());
     for id in &ids {
         remove(*id);
     }
     Ok(ids)
+}
+
+/// When a process started, in clock ticks since boot: its number may come again, this does not. `None` once it ended,
+/// even if nobody has waited for it yet.
+pub(crate) fn start_time(pid: i32) -> Option<u64> {
+    let stat = fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
+    // The name, in brackets, may hold anything.
+    let mut fields = stat.rsplit_once(')')?.1.split_whitespace();
+    if matches!(fields.next(), Some("Z" | "X")) {
+        return None;
+    }
+    fields.nth(18)?.parse().ok()
 }
 
 fn leftovers_netns() -> Vec<(String, LabId)> {
