@@ -1,8 +1,51 @@
-//! Finds the BPF object that `cargo xtask build-ebpf` made, for `kernel::object` to embed.
+//! Finds the BPF object that `cargo xtask build-ebpf` made, for `kernel::object` to embed, and compiles
+//! the admin API's protocol.
 
-use std::{env, path::PathBuf};
+use std::{env, error::Error, path::PathBuf};
 
-fn main() {
+const PROTO: &str = "hitless/admin/v1/admin.proto";
+
+/// Fields that are left out of `--output json` when they are not set.
+const LEFT_OUT: &[&str] = &[
+    "Status.waiting_for",
+    "Status.source",
+    "Status.objects",
+    "Pod.netns_cookie",
+    "Pod.error",
+    "Endpoint.backend",
+    "Backend.suspect_ms",
+    "Backend.pod",
+    "Event.pod",
+    "Event.service",
+    "Event.backend",
+    "Event.to",
+    "Event.cause",
+    "Event.signal",
+    "Event.errno",
+    "Event.after_ns",
+    "Event.port",
+];
+
+fn main() -> Result<(), Box<dyn Error>> {
+    bpf_object();
+    admin_api()
+}
+
+/// Protocol and JSON by the same types. The compiler of protocols is protox: nothing to install.
+fn admin_api() -> Result<(), Box<dyn Error>> {
+    println!("cargo::rerun-if-changed=proto/{PROTO}");
+    let mut config = tonic_prost_build::configure()
+        .btree_map(".")
+        .type_attribute(".", "#[derive(serde::Serialize)]")
+        .type_attribute(".", "#[serde(rename_all = \"camelCase\")]");
+    for field in LEFT_OUT {
+        let attribute = "#[serde(skip_serializing_if = \"Option::is_none\")]";
+        config = config.field_attribute(format!("hitless.admin.v1.{field}"), attribute);
+    }
+    Ok(config.compile_fds(protox::compile([PROTO], ["proto"])?)?)
+}
+
+fn bpf_object() {
     println!("cargo::rerun-if-env-changed=HITLESS_BPF_OBJECT");
     let object = env::var_os("HITLESS_BPF_OBJECT").map_or_else(default_object, PathBuf::from);
     println!("cargo::rerun-if-changed={}", object.display());

@@ -91,7 +91,8 @@ async fn serve(config: Config) -> anyhow::Result<()> {
     spawn(&mut tasks, "event ring", signal::watch(events, core.clone()));
     let admin_socket = admin::socket(&config.state_dir);
     let (queries, mut asked) = mpsc::channel(16);
-    admin::serve(&admin_socket, queries)
+    let reader = core.borrow().kernel.reader();
+    let admin_server = admin::serve(&admin_socket, queries, reader)
         .with_context(|| format!("socket {}: cannot be made; name another --state-dir", admin_socket.display()))?;
     let (asked_core, asked_config, started) = (core.clone(), config.clone(), Instant::now());
     spawn(&mut tasks, "admin", async move {
@@ -135,6 +136,7 @@ async fn serve(config: Config) -> anyhow::Result<()> {
     tasks.shutdown().await;
     drop(ready_file);
     let _ = std::fs::remove_file(&admin_socket);
+    drop(admin_server);
     if let Source::Stream(path) = &config.source {
         let _ = std::fs::remove_file(path);
     }

@@ -1,68 +1,149 @@
-//! The command line's end of the admin socket.
+//! The command line's end of the admin API: calls that block.
 
-use std::{
-    io::{BufRead, BufReader, ErrorKind, Write},
-    os::unix::net::UnixStream,
-    path::Path,
-    time::Duration,
+use std::{future::Future, io::ErrorKind, path::Path, time::Duration};
+
+use anyhow::{Context, anyhow};
+use hyper_util::rt::TokioIo;
+use tokio::net::UnixStream;
+use tonic::{
+    Code, Response, Streaming,
+    transport::{Channel, Endpoint},
 };
 
-use anyhow::{Context, bail};
-use serde::de::DeserializeOwned;
-
-use super::protocol::{EventRow, Refusal, Request};
+use super::protocol::{
+    EndpointRow, EventRow, GetStatusRequest, ListEndpointsRequest, Status, WatchEventsRequest,
+    admin_client::AdminClient,
+};
 
 /// No agent answers at the socket.
 #[derive(Debug, thiserror::Error)]
 #[error("no agent answers at {0}: is `hitless run` running, with this --state-dir?")]
 pub struct NoAgent(String);
 
-/// Asks a running agent.
-pub fn ask<T: DeserializeOwned>(socket: &Path, request: &Request) -> anyhow::Result<T> {
-    let mut reader = send(socket, request)?;
-    let mut line = String::new();
-    reader.read_line(&mut line).context("read the agent's answer")?;
-    parse(&line)
+/// How long the agent may take to answer.
+const PATIENCE: Duration = Duration::from_secs(30);
+
+/// A connection to a running agent.
+pub struct Client {
+    runtime: tokio::runtime::Runtime,
+    admin: AdminClient<Channel>,
 }
 
-/// Reads events until the agent or `each` ends it (by `Ok(false)`).
-pub fn events(
-    socket: &Path,
-    follow: bool,
-    mut each: impl FnMut(EventRow) -> anyhow::Result<bool>,
+impl Client {
+    pub fn connect(socket: &Path) -> anyhow::Result<Self> {
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
+        let channel = runtime.block_on(patiently(async {
+            // By hand: only here is it told why it failed.
+            let stream = UnixStream::connect(socket).await.map_err(|error| match error.kind() {
+                ErrorKind::NotFound | ErrorKind::ConnectionRefused => {
+                    anyhow::Error::new(NoAgent(socket.display().to_string()))
+                }
+                ErrorKind::PermissionDenied => {
+                    anyhow!("{}: permission denied: the agent talks to root only", socket.display())
+                }
+                _ => anyhow::Error::new(error).context(format!("connect {}", socket.display())),
+            })?;
+            let mut stream = Some(TokioIo::new(stream));
+            let connector = tower::service_fn(move |_| {
+                let stream = stream.take().ok_or(ErrorKind::NotConnected);
+                async { stream.map_err(std::io::Error::from) }
+            });
+            // The name is not looked up; HTTP/2 wants one.
+            let endpoint = Endpoint::from_static("http://hitless");
+            endpoint.connect_with_connector(connector).await.with_context(|| no_grpc(socket))
+        }))?;
+        Ok(Self { runtime, admin: AdminClient::new(channel) })
+    }
+
+    pub fn status(&mut self) -> anyhow::Result<Status> {
+        one(&self.runtime, self.admin.get_status(GetStatusRequest {}))
+    }
+
+    /// Of one service, or all.
+    pub fn endpoints(&mut self, service: Option<String>) -> anyhow::Result<Vec<EndpointRow>> {
+        let mut rows = Vec::new();
+        let call = self.admin.list_endpoints(ListEndpointsRequest { service });
+        each(&self.runtime, call, |row| {
+            rows.push(row);
+            Ok(true)
+        })?;
+        Ok(rows)
+    }
+
+    /// Reads events until the agent or `take` ends it (by `Ok(false)`).
+    pub fn events(&mut self, follow: bool, take: impl FnMut(EventRow) -> anyhow::Result<bool>) -> anyhow::Result<()> {
+        each(&self.runtime, self.admin.watch_events(WatchEventsRequest { follow }), take)
+    }
+}
+
+fn one<T>(
+    runtime: &tokio::runtime::Runtime,
+    call: impl Future<Output = Result<Response<T>, tonic::Status>>,
+) -> anyhow::Result<T> {
+    runtime.block_on(patiently(async { Ok(call.await.map_err(explain)?.into_inner()) }))
+}
+
+fn each<T>(
+    runtime: &tokio::runtime::Runtime,
+    call: impl Future<Output = Result<Response<Streaming<T>>, tonic::Status>>,
+    mut take: impl FnMut(T) -> anyhow::Result<bool>,
 ) -> anyhow::Result<()> {
-    let mut reader = send(socket, &Request::Events { follow })?;
-    if follow {
-        reader.get_ref().set_read_timeout(None)?;
-    }
-    let mut line = String::new();
-    while reader.read_line(&mut line).context("read the agent's events")? > 0 {
-        if !each(parse(&line)?)? {
-            break;
+    runtime.block_on(async {
+        let mut pieces = patiently(async { Ok(call.await.map_err(explain)?.into_inner()) }).await?;
+        while let Some(piece) = pieces.message().await.map_err(explain)? {
+            if !take(piece)? {
+                break;
+            }
         }
-        line.clear();
-    }
-    Ok(())
+        Ok(())
+    })
 }
 
-fn send(socket: &Path, request: &Request) -> anyhow::Result<BufReader<UnixStream>> {
-    let mut stream = UnixStream::connect(socket).map_err(|error| match error.kind() {
-        ErrorKind::NotFound | ErrorKind::ConnectionRefused => anyhow::Error::new(NoAgent(socket.display().to_string())),
-        ErrorKind::PermissionDenied => {
-            anyhow::anyhow!("{}: permission denied: the agent talks to root only", socket.display())
-        }
-        _ => anyhow::Error::new(error).context(format!("connect {}", socket.display())),
-    })?;
-    stream.set_read_timeout(Some(Duration::from_secs(30)))?;
-    let mut line = serde_json::to_vec(request)?;
-    line.push(b'\n');
-    stream.write_all(&line).context("send the request")?;
-    Ok(BufReader::new(stream))
+async fn patiently<T>(work: impl Future<Output = anyhow::Result<T>>) -> anyhow::Result<T> {
+    let late = || anyhow!("the agent did not answer within {} s: look at its log", PATIENCE.as_secs());
+    tokio::time::timeout(PATIENCE, work).await.map_err(|_| late())?
 }
 
-fn parse<T: DeserializeOwned>(line: &str) -> anyhow::Result<T> {
-    if let Ok(Refusal { error }) = serde_json::from_str(line) {
-        bail!("the agent says: {error}");
+fn explain(status: tonic::Status) -> anyhow::Error {
+    match status.code() {
+        Code::Unimplemented => anyhow!("the agent is of another version and does not know this request: upgrade it"),
+        // What the transport says of itself ("transport error") helps nobody.
+        Code::Unknown | Code::Cancelled | Code::Internal => {
+            anyhow!("the agent left while it answered ({})", status.message())
+        }
+        _ => anyhow!("the agent says: {}", status.message()),
     }
-    serde_json::from_str(line).with_context(|| format!("an answer of another version of the agent: {}", line.trim()))
+}
+
+fn no_grpc(socket: &Path) -> String {
+    format!(
+        "what listens at {} does not take this client: another program, or an agent of another version",
+        socket.display()
+    )
+}
+
+#[cfg(test)]
+mod tests {
+    use std::{io::Write, os::unix::net::UnixListener};
+
+    use super::*;
+
+    #[test]
+    fn who_is_not_there_and_who_speaks_something_else_is_told_apart() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("s");
+        let error = Client::connect(&path).err().unwrap();
+        assert!(error.is::<NoAgent>(), "{error}");
+
+        let listener = UnixListener::bind(&path).unwrap();
+        let other = std::thread::spawn(move || {
+            let (mut stream, _) = listener.accept().unwrap();
+            stream.write_all(b"{\"error\":\"not a request\"}\n").unwrap();
+        });
+        let error = Client::connect(&path).and_then(|mut client| client.status()).unwrap_err();
+        assert!(!error.is::<NoAgent>());
+        let said = format!("{error:#}");
+        assert!(said.contains("another version") || said.contains("left while it answered"), "{said}");
+        other.join().unwrap();
+    }
 }

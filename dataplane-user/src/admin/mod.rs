@@ -1,18 +1,19 @@
-//! The agent's admin socket: what the command line asks of a running agent.
+//! The agent's admin API: gRPC at a Unix socket, for root only; the command line is its client.
 //!
-//! One request per connection, a line of JSON; the answer is a line of JSON too, but for events,
-//! which are a line each. The agent's loop answers [`Query`]s; nothing here touches its state.
+//! It is served by a thread of its own, which also reads the maps: the agent's thread answers
+//! [`Query`]s with what only it knows, a bounded piece at a time, and encodes nothing.
 
 pub mod client;
 pub mod protocol;
 mod server;
+mod socket;
 
 use std::path::{Path, PathBuf};
 
-use tokio::sync::{broadcast, oneshot};
+use tokio::sync::{broadcast, mpsc, oneshot};
 
 use protocol::{EndpointRow, EventRow, Status};
-pub use server::serve;
+pub use server::{Server, serve};
 
 /// The socket's place in the state directory.
 pub fn socket(state_dir: &Path) -> PathBuf {
@@ -22,9 +23,10 @@ pub fn socket(state_dir: &Path) -> PathBuf {
 /// What the agent's loop is asked. A dropped answer means that nobody waits for it any more.
 #[derive(Debug)]
 pub enum Query {
+    /// Without what the maps tell: counters and occupancy.
     Status(oneshot::Sender<Status>),
-    /// Of one service, or all.
-    Endpoints(Option<String>, oneshot::Sender<Vec<EndpointRow>>),
+    /// Of one service, or all; piece by piece, as fast as they are taken.
+    Endpoints(Option<String>, mpsc::Sender<Vec<EndpointRow>>),
     /// The last events, and those to come.
     Events(oneshot::Sender<(Vec<EventRow>, broadcast::Receiver<EventRow>)>),
 }

@@ -1,7 +1,11 @@
-//! Requests and answers of the admin socket, and what `--output json` prints.
+//! Messages of the admin API (`proto/hitless/admin/v1/admin.proto`), which are also what `--output json` prints.
 
-use std::{collections::BTreeMap, net::SocketAddr};
+use std::collections::BTreeMap;
 
+use crate::{
+    kernel::{LinkState, Occupancy},
+    registry::view::{Counts, Row},
+};
 use dataplane_ebpf::{
     abi::{
         CAUSE_COLLISION, CAUSE_ICMP, CAUSE_RST, CAUSE_SILENT, EVENT_EXHAUSTED, EVENT_LISTENER_CLOSED,
@@ -10,195 +14,15 @@ use dataplane_ebpf::{
     },
     health::{Health, State, TICK_SHIFT, ticks},
 };
-use serde::{Deserialize, Serialize};
 
-use crate::{
-    kernel::{LinkState, Occupancy},
-    registry::view::{Counts, Row},
+mod generated {
+    tonic::include_proto!("hitless.admin.v1");
+}
+
+pub use generated::{
+    Agent, Backend as BackendRow, Endpoint as EndpointRow, Event as EventRow, GetStatusRequest, Hook, KernelSide, Link,
+    ListEndpointsRequest, Map, Objects, Pod as PodRow, Source, Status, WatchEventsRequest, admin_client, admin_server,
 };
-
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(tag = "request", rename_all = "camelCase")]
-pub enum Request {
-    Status,
-    Endpoints { service: Option<String> },
-    Events { follow: bool },
-}
-
-/// The answer to a request that could not be served.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Refusal {
-    pub error: String,
-}
-
-#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "camelCase", default)]
-pub struct Status {
-    /// `None`: no agent runs; the rest is read from the pins.
-    pub agent: Option<Agent>,
-    /// Every hook was proved and the first state is in force.
-    pub ready: bool,
-    /// What is missing, when it is not.
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub waiting_for: Option<String>,
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub source: Option<Source>,
-    pub kernel: KernelSide,
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub objects: Option<Objects>,
-    /// The pods of this node that are enrolled, or should be.
-    pub pods: Vec<PodRow>,
-    /// Since the maps were made.
-    pub counters: BTreeMap<String, u64>,
-    /// What the canary proved of each hook.
-    pub hooks: Vec<Hook>,
-}
-
-#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "camelCase")]
-pub struct Agent {
-    pub pid: u32,
-    pub version: String,
-    pub up_seconds: u64,
-    /// It took over maps that were pinned before it.
-    pub adopted: bool,
-}
-
-#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "camelCase", default)]
-pub struct Source {
-    /// `file:PATH` or `stream:PATH`.
-    pub name: String,
-    /// Since the state in force was last confirmed or changed; `None`: nothing was heard yet.
-    pub age_seconds: Option<u64>,
-    /// Why the newest word of it was refused: the last good state is in force.
-    pub error: Option<String>,
-    /// Objects that were skipped, and why.
-    pub problems: Vec<String>,
-}
-
-#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "camelCase", default)]
-pub struct KernelSide {
-    pub cgroup: String,
-    pub layout: String,
-    pub layers: Vec<String>,
-    pub links: Vec<Link>,
-    pub maps: Vec<Map>,
-}
-
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "camelCase")]
-pub struct Link {
-    pub name: String,
-    pub attached: bool,
-}
-
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "camelCase")]
-pub struct Map {
-    pub name: String,
-    pub used: u32,
-    pub size: u32,
-}
-
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "camelCase")]
-pub struct Objects {
-    pub services: usize,
-    pub frontends: usize,
-    pub backends: usize,
-    pub slots: usize,
-    pub pods: usize,
-    pub local_pods: usize,
-    pub nodes: usize,
-    /// Backends whose service is not known (yet).
-    pub waiting: usize,
-}
-
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "camelCase")]
-pub struct PodRow {
-    pub name: String,
-    pub enrolled: bool,
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub netns_cookie: Option<u64>,
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub error: Option<String>,
-}
-
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "camelCase")]
-pub struct Hook {
-    pub hook: String,
-    pub ok: bool,
-    pub seen: String,
-}
-
-/// One backend of one service.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "camelCase")]
-pub struct EndpointRow {
-    /// namespace/name, and the port's name.
-    pub service: String,
-    pub protocol: String,
-    pub frontends: Vec<SocketAddr>,
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub backend: Option<BackendRow>,
-}
-
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "camelCase")]
-pub struct BackendRow {
-    pub id: u32,
-    pub generation: u32,
-    pub address: SocketAddr,
-    /// `ready`, `terminating`, or `none` when it is in no slot.
-    pub section: String,
-    pub weight: u16,
-    /// What the control plane says.
-    pub control: String,
-    /// What the kernel knows right now: `ready`, `draining`, `refusing`, `gone`.
-    pub kernel: String,
-    /// How long it is still suspect; 0: it waits for a probe.
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub suspect_ms: Option<u64>,
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub pod: Option<String>,
-    pub local: bool,
-}
-
-/// One record of the kernel, with names.
-#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "camelCase", default)]
-pub struct EventRow {
-    /// `CLOCK_MONOTONIC`, ns.
-    pub at_ns: u64,
-    /// `rebound`, `refused`, `stopSignal`, …
-    pub event: String,
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub pod: Option<String>,
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub service: Option<String>,
-    /// What it is about; of a rebind, what was left.
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub backend: Option<String>,
-    /// Of a rebind: where the connection went.
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub to: Option<String>,
-    /// Of a rebind: `rst`, `icmp`, `silent`, `collision`.
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub cause: Option<String>,
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub signal: Option<u32>,
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub errno: Option<u32>,
-    /// Since `connect()`.
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub after_ns: Option<u32>,
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub port: Option<u16>,
-}
 
 /// Names for the numbers in an event.
 pub trait Names {
@@ -224,7 +48,7 @@ impl EventRow {
                 row.cause = Some(cause_name(event.extra).into());
             }
             EVENT_STOP_SIGNAL => row.signal = Some(event.detail),
-            EVENT_LISTENER_OPENED | EVENT_LISTENER_CLOSED => row.port = Some(u16::from_be(event.port_be)),
+            EVENT_LISTENER_OPENED | EVENT_LISTENER_CLOSED => row.port = Some(u16::from_be(event.port_be).into()),
             EVENT_REFUSED | EVENT_TIMED_OUT | EVENT_UNREACHABLE => {
                 row.errno = Some(event.detail);
                 row.after_ns = Some(event.extra);
@@ -281,9 +105,9 @@ impl EndpointRow {
             BackendRow {
                 id: backend.id,
                 generation: backend.generation,
-                address: backend.address,
+                address: backend.address.to_string(),
                 section: backend.section.unwrap_or("none").into(),
-                weight: backend.weight,
+                weight: backend.weight.into(),
                 control: backend.control.into(),
                 kernel: state_name(word.state()).into(),
                 suspect_ms: suspect_ms(word, now_ns),
@@ -294,7 +118,7 @@ impl EndpointRow {
         Self {
             service: format!("{}{colon}{}", row.service, row.port),
             protocol: format!("{:?}", row.protocol).to_uppercase(),
-            frontends: row.frontends,
+            frontends: row.frontends.iter().map(ToString::to_string).collect(),
             backend,
         }
     }
@@ -320,6 +144,8 @@ pub fn suspect_ms(word: Health, now_ns: u64) -> Option<u64> {
 impl From<Counts> for Objects {
     fn from(counts: Counts) -> Self {
         let Counts { services, frontends, backends, slots, pods, local_pods, nodes, waiting } = counts;
+        let [services, frontends, backends, slots] = [services, frontends, backends, slots].map(|n| n as u64);
+        let [pods, local_pods, nodes, waiting] = [pods, local_pods, nodes, waiting].map(|n| n as u64);
         Self { services, frontends, backends, slots, pods, local_pods, nodes, waiting }
     }
 }

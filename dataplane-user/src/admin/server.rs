@@ -1,152 +1,154 @@
-//! The agent's end of the admin socket.
+//! The agent's end of the admin API.
 
-use std::{io, os::unix::fs::PermissionsExt, path::Path, time::Duration};
+use std::{io, path::Path, pin::Pin, thread::JoinHandle, time::Duration};
 
-use serde::Serialize;
-use tokio::{
-    io::{AsyncBufReadExt, AsyncReadExt, AsyncWriteExt, BufReader},
-    net::{
-        UnixListener, UnixStream,
-        unix::{OwnedReadHalf, OwnedWriteHalf},
-    },
-    sync::{broadcast::error::RecvError, mpsc, oneshot},
-    task::JoinHandle,
-};
+use futures_util::{Stream, StreamExt, stream};
+use tokio::sync::{mpsc, oneshot};
+use tokio_stream::wrappers::{BroadcastStream, ReceiverStream, errors::BroadcastStreamRecvError};
+use tonic::{Request, Response};
 
 use super::{
     Query,
-    protocol::{EventRow, Refusal, Request},
+    protocol::{
+        EndpointRow, EventRow, GetStatusRequest, ListEndpointsRequest, Status, WatchEventsRequest,
+        admin_server::{Admin, AdminServer},
+        counters,
+    },
+    socket,
 };
+use crate::kernel::Reader;
 
 /// Requests are short.
-const MAX_REQUEST: u64 = 4096;
-/// How long a client may take to say what it wants, or to read a line.
-const PATIENCE: Duration = Duration::from_secs(10);
+const MAX_REQUEST: usize = 16 << 10;
+/// How long an answer may take to begin.
+const PATIENCE: Duration = Duration::from_secs(20);
+/// A client that does not answer HTTP/2 pings has gone.
+const PING: Duration = Duration::from_secs(20);
+/// Pieces of an answer that wait for their reader.
+const PIECES: usize = 4;
 
-/// Listens at `path`, for root only. A socket left by an agent that was killed is replaced: whoever
-/// holds the state directory's lock owns the name.
-pub fn serve(path: &Path, queries: mpsc::Sender<Query>) -> io::Result<JoinHandle<()>> {
-    match std::fs::remove_file(path) {
-        Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
-        _ => {}
-    }
-    let listener = UnixListener::bind(path)?;
-    std::fs::set_permissions(path, std::fs::Permissions::from_mode(0o600))?;
-    Ok(tokio::spawn(async move {
-        loop {
-            match listener.accept().await {
-                Ok((stream, _)) => {
-                    let queries = queries.clone();
-                    tokio::spawn(async move {
-                        if let Err(error) = answer(stream, queries).await {
-                            tracing::debug!(%error, "admin client");
-                        }
-                    });
-                }
-                Err(error) => {
-                    tracing::warn!(%error, "admin socket: accept");
-                    tokio::time::sleep(Duration::from_millis(100)).await;
-                }
-            }
-        }
-    }))
+type Answer<T> = Result<Response<T>, tonic::Status>;
+type Pieces<T> = Pin<Box<dyn Stream<Item = Result<T, tonic::Status>> + Send>>;
+
+/// The thread that serves; it ends with this.
+#[derive(Debug)]
+pub struct Server {
+    stop: Option<oneshot::Sender<()>>,
+    thread: Option<JoinHandle<()>>,
 }
 
-async fn answer(stream: UnixStream, queries: mpsc::Sender<Query>) -> io::Result<()> {
-    let (read, mut write) = stream.into_split();
-    let mut read = BufReader::new(read);
-    let mut line = String::new();
-    let request = async { (&mut read).take(MAX_REQUEST).read_line(&mut line).await };
-    tokio::time::timeout(PATIENCE, request).await.map_err(|_| io::ErrorKind::TimedOut)??;
-    match serde_json::from_str(&line) {
-        Ok(Request::Status) => relay(&mut write, ask(&queries, Query::Status).await).await,
-        Ok(Request::Endpoints { service }) => {
-            relay(&mut write, ask(&queries, |to| Query::Endpoints(service, to)).await).await
+impl Drop for Server {
+    fn drop(&mut self) {
+        drop(self.stop.take());
+        if let Some(thread) = self.thread.take() {
+            // Its panic was printed when it happened.
+            let _ = thread.join();
         }
-        Ok(Request::Events { follow }) => {
-            let Some((past, mut coming)) = ask(&queries, Query::Events).await else {
-                return relay::<()>(&mut write, None).await;
-            };
-            for event in &past {
-                send(&mut write, event).await?;
-            }
-            if !follow {
-                return Ok(());
-            }
-            loop {
-                tokio::select! {
-                    event = coming.recv() => match event {
-                        Ok(event) => send(&mut write, &event).await?,
-                        // Said, not hidden: the reader was slower than the kernel.
-                        Err(RecvError::Lagged(lost)) => send(&mut write, &lost_events(lost)).await?,
-                        Err(RecvError::Closed) => return Ok(()),
-                    },
-                    () = gone(&mut read) => return Ok(()),
-                }
-            }
-        }
-        Err(error) => send(&mut write, &Refusal { error: format!("not a request: {error}") }).await,
     }
+}
+
+/// Serves at `path` on a thread of its own.
+pub fn serve(path: &Path, queries: mpsc::Sender<Query>, reader: Reader) -> io::Result<Server> {
+    let listener = socket::listen(path)?;
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
+    let (stop, stopped) = oneshot::channel();
+    let thread = std::thread::Builder::new().name("admin".into()).spawn(move || {
+        runtime.block_on(async {
+            tokio::select! {
+                () = grpc(listener, Service { queries, reader }) => {}
+                _ = stopped => {}
+            }
+        });
+        // Readers of the maps may be under way.
+        runtime.shutdown_timeout(Duration::from_secs(1));
+    })?;
+    Ok(Server { stop: Some(stop), thread: Some(thread) })
+}
+
+async fn grpc(listener: std::os::unix::net::UnixListener, service: Service) {
+    let listener = match tokio::net::UnixListener::from_std(listener) {
+        Ok(listener) => listener,
+        Err(error) => return tracing::error!(%error, "admin socket not served"),
+    };
+    let (let_in, clients) = mpsc::channel(PIECES);
+    let acceptor = tokio::spawn(socket::accept(listener, let_in));
+    let served = tonic::transport::Server::builder()
+        .timeout(PATIENCE)
+        .max_concurrent_streams(16)
+        .http2_keepalive_interval(Some(PING))
+        .http2_keepalive_timeout(Some(PING))
+        .add_service(AdminServer::new(service).max_decoding_message_size(MAX_REQUEST))
+        .serve_with_incoming(ReceiverStream::new(clients))
+        .await;
+    acceptor.abort();
+    if let Err(error) = served {
+        tracing::error!(%error, "admin socket not served any more");
+    }
+}
+
+struct Service {
+    queries: mpsc::Sender<Query>,
+    reader: Reader,
+}
+
+#[tonic::async_trait]
+impl Admin for Service {
+    async fn get_status(&self, _: Request<GetStatusRequest>) -> Answer<Status> {
+        let mut status = self.ask(Query::Status).await?;
+        let (maps, stats) = self.read(|reader| (reader.occupancy(), reader.stats())).await?;
+        status.counters = counters(&stats);
+        if let Some(kernel) = &mut status.kernel {
+            kernel.maps = maps.unwrap_or_default().into_iter().map(Into::into).collect();
+        }
+        Ok(Response::new(status))
+    }
+
+    type ListEndpointsStream = Pieces<EndpointRow>;
+
+    async fn list_endpoints(&self, request: Request<ListEndpointsRequest>) -> Answer<Self::ListEndpointsStream> {
+        let (to, pieces) = mpsc::channel(PIECES);
+        self.queries.send(Query::Endpoints(request.into_inner().service, to)).await.map_err(|_| stopping())?;
+        Ok(Response::new(Box::pin(ReceiverStream::new(pieces).flat_map(|rows| stream::iter(rows).map(Ok)))))
+    }
+
+    type WatchEventsStream = Pieces<EventRow>;
+
+    async fn watch_events(&self, request: Request<WatchEventsRequest>) -> Answer<Self::WatchEventsStream> {
+        let (past, coming) = self.ask(Query::Events).await?;
+        let past = stream::iter(past).map(Ok);
+        if !request.into_inner().follow {
+            return Ok(Response::new(Box::pin(past)));
+        }
+        // Said, not hidden: the reader was slower than the kernel.
+        let coming = BroadcastStream::new(coming).map(|event| match event {
+            Ok(event) => Ok(event),
+            Err(BroadcastStreamRecvError::Lagged(lost)) => Ok(lost_events(lost)),
+        });
+        Ok(Response::new(Box::pin(past.chain(coming))))
+    }
+}
+
+impl Service {
+    async fn ask<T>(&self, query: impl FnOnce(oneshot::Sender<T>) -> Query) -> Result<T, tonic::Status> {
+        let (to, answer) = oneshot::channel();
+        self.queries.send(query(to)).await.map_err(|_| stopping())?;
+        answer.await.map_err(|_| stopping())
+    }
+
+    /// Reads maps, which takes a while when they are full.
+    async fn read<T: Send + 'static>(
+        &self,
+        look: impl FnOnce(&Reader) -> T + Send + 'static,
+    ) -> Result<T, tonic::Status> {
+        let reader = self.reader.clone();
+        tokio::task::spawn_blocking(move || look(&reader)).await.map_err(|_| stopping())
+    }
+}
+
+fn stopping() -> tonic::Status {
+    tonic::Status::unavailable("the agent is stopping")
 }
 
 fn lost_events(lost: u64) -> EventRow {
     EventRow { event: format!("{lost} events were not read in time"), ..EventRow::default() }
-}
-
-/// Returns when the client has left.
-async fn gone(read: &mut BufReader<OwnedReadHalf>) {
-    let mut rest = [0; 64];
-    while matches!(read.read(&mut rest).await, Ok(1..)) {}
-}
-
-async fn ask<T>(queries: &mpsc::Sender<Query>, query: impl FnOnce(oneshot::Sender<T>) -> Query) -> Option<T> {
-    let (to, answer) = oneshot::channel();
-    queries.send(query(to)).await.ok()?;
-    answer.await.ok()
-}
-
-async fn relay<T: Serialize>(write: &mut OwnedWriteHalf, answer: Option<T>) -> io::Result<()> {
-    match answer {
-        Some(answer) => send(write, &answer).await,
-        None => send(write, &Refusal { error: "the agent is stopping".into() }).await,
-    }
-}
-
-async fn send(write: &mut OwnedWriteHalf, answer: &impl Serialize) -> io::Result<()> {
-    let mut line = serde_json::to_vec(answer)?;
-    line.push(b'\n');
-    tokio::time::timeout(PATIENCE, write.write_all(&line)).await.map_err(|_| io::ErrorKind::TimedOut)?
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-    use crate::admin::{client, protocol::Status};
-
-    #[test]
-    fn a_request_is_answered_and_nonsense_is_refused() {
-        let directory = tempfile::tempdir().unwrap();
-        let path = directory.path().join("s");
-        std::fs::write(&path, "left by an agent before").unwrap();
-        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
-        let (queries, mut asked) = mpsc::channel(4);
-        runtime.block_on(async {
-            serve(&path, queries).unwrap();
-            let agent = tokio::spawn(async move {
-                while let Some(query) = asked.recv().await {
-                    if let Query::Status(to) = query {
-                        let _ = to.send(Status { ready: true, ..Status::default() });
-                    }
-                }
-            });
-            let client = tokio::task::spawn_blocking(move || {
-                let status: Status = client::ask(&path, &Request::Status).unwrap();
-                assert!(status.ready);
-                let refused = client::ask::<Vec<()>>(&path, &Request::Endpoints { service: None }).unwrap_err();
-                assert!(refused.to_string().contains("the agent is stopping"), "{refused}");
-            });
-            client.await.unwrap();
-            agent.abort();
-        });
-    }
 }

@@ -1,24 +1,29 @@
 //! What the agent tells of itself at its admin socket.
 
-use std::time::Instant;
+use std::{collections::BTreeMap, time::Instant};
+
+use tokio::sync::mpsc;
 
 use super::core::{Core, Phase, Shared};
 use crate::{
     admin::{
         Query,
-        protocol::{Agent, EndpointRow, KernelSide, Link, PodRow, Source, Status, counters, layer_names},
+        protocol::{Agent, EndpointRow, KernelSide, Link, PodRow, Source, Status, layer_names},
     },
     config::Config,
     kernel::monotonic_ns,
 };
 
+/// How many services are told of before others of the agent's thread have their turn.
+const SERVICES_AT_A_TIME: usize = 64;
+
 /// Answers one query. Whoever asked may have left: then nobody takes the answer.
 pub fn answer(query: Query, core: &Shared, config: &Config, started: Instant) {
-    let core = core.borrow();
     match query {
-        Query::Status(to) => drop(to.send(status(&core, config, started))),
-        Query::Endpoints(service, to) => drop(to.send(endpoints(&core, service.as_deref()))),
+        Query::Status(to) => drop(to.send(status(&core.borrow(), config, started))),
+        Query::Endpoints(service, to) => drop(tokio::task::spawn_local(endpoints(core.clone(), service, to))),
         Query::Events(to) => {
+            let core = core.borrow();
             drop(to.send((core.history.iter().cloned().collect(), core.followers.subscribe())));
         }
     }
@@ -41,16 +46,16 @@ fn status(core: &Core, config: &Config, started: Instant) -> Status {
             error: core.source.error.clone(),
             problems: core.problems.iter().map(|(object, reason)| format!("{object}: {reason}")).collect(),
         }),
-        kernel: KernelSide {
+        kernel: Some(KernelSide {
             cgroup: core.kernel.cgroup().display().to_string(),
             layout: core.kernel.layout().into(),
             layers: layer_names(core.kernel.settings().layers),
             links: core.attached.iter().map(|name| Link { name: (*name).into(), attached: true }).collect(),
-            maps: core.kernel.occupancy().unwrap_or_default().into_iter().map(Into::into).collect(),
-        },
+            maps: Vec::new(),
+        }),
         objects: Some(core.registry.counts().into()),
         pods: pods(core),
-        counters: counters(&core.kernel.stats()),
+        counters: BTreeMap::new(),
         hooks: core.hooks.clone(),
     }
 }
@@ -82,8 +87,14 @@ fn pods(core: &Core) -> Vec<PodRow> {
     rows
 }
 
-fn endpoints(core: &Core, service: Option<&str>) -> Vec<EndpointRow> {
-    let now = monotonic_ns();
-    let rows = core.registry.rows(service).into_iter();
-    rows.map(|row| EndpointRow::new(row, |id| core.kernel.health(id), now)).collect()
+/// Told piece by piece, no faster than they are taken.
+async fn endpoints(core: Shared, service: Option<String>, to: mpsc::Sender<Vec<EndpointRow>>) {
+    let names = service.map_or_else(|| core.borrow().registry.service_names(), |name| vec![name.into()]);
+    for names in names.chunks(SERVICES_AT_A_TIME) {
+        let Ok(place) = to.reserve().await else { return };
+        let core = core.borrow();
+        let now = monotonic_ns();
+        let rows = names.iter().flat_map(|name| core.registry.rows(name));
+        place.send(rows.map(|row| EndpointRow::new(row, |id| core.kernel.health(id), now)).collect());
+    }
 }

@@ -4,12 +4,12 @@ use std::process::ExitCode;
 
 use super::{LookArgs, Output, json, print, table::table};
 use crate::admin::{
-    client,
-    protocol::{BackendRow, EndpointRow, Request},
+    client::Client,
+    protocol::{BackendRow, EndpointRow},
 };
 
 pub fn run(service: Option<String>, look: &LookArgs) -> anyhow::Result<ExitCode> {
-    let rows: Vec<EndpointRow> = client::ask(&look.socket()?, &Request::Endpoints { service: service.clone() })?;
+    let rows = Client::connect(&look.socket()?)?.endpoints(service.clone())?;
     match look.output {
         Output::Json => json(&rows)?,
         Output::Table => print(&text(&rows))?,
@@ -24,14 +24,13 @@ fn text(rows: &[EndpointRow]) -> String {
     let cells: Vec<_> = rows
         .iter()
         .map(|row| {
-            let frontends: Vec<_> = row.frontends.iter().map(ToString::to_string).collect();
             let service = format!("{} {}", row.service, row.protocol);
             let Some(backend) = &row.backend else {
                 let nothing = "-".to_owned();
                 let empty = "no backend".to_owned();
                 return [
                     service,
-                    frontends.join(","),
+                    row.frontends.join(","),
                     empty,
                     nothing.clone(),
                     nothing.clone(),
@@ -41,8 +40,8 @@ fn text(rows: &[EndpointRow]) -> String {
             };
             [
                 service,
-                frontends.join(","),
-                backend.address.to_string(),
+                row.frontends.join(","),
+                backend.address.clone(),
                 backend.control.clone(),
                 kernel(backend),
                 if backend.weight == 1 {

@@ -3,10 +3,10 @@
 use std::{fmt::Write, process::ExitCode};
 
 use super::{LookArgs, Output, print};
-use crate::admin::{client, protocol::EventRow};
+use crate::admin::{client::Client, protocol::EventRow};
 
 pub fn run(follow: bool, look: &LookArgs) -> anyhow::Result<ExitCode> {
-    client::events(&look.socket()?, follow, |row| {
+    Client::connect(&look.socket()?)?.events(follow, |row| {
         match look.output {
             // One line each, so that a stream can be read as it comes.
             Output::Json => print(&(serde_json::to_string(&row)? + "\n"))?,

@@ -5,8 +5,8 @@ use std::{fmt::Write, process::ExitCode};
 use super::{LookArgs, Output, json, print, table::table};
 use crate::{
     admin::{
-        client::{self, NoAgent},
-        protocol::{KernelSide, PodRow, Request, Status, counters, layer_names},
+        client::{Client, NoAgent},
+        protocol::{KernelSide, PodRow, Status, counters, layer_names},
     },
     kernel,
 };
@@ -16,7 +16,7 @@ const NOT_INSTALLED: u8 = 2;
 const NO_AGENT: u8 = 3;
 
 pub fn run(look: &LookArgs) -> anyhow::Result<ExitCode> {
-    let status = match client::ask::<Status>(&look.socket()?, &Request::Status) {
+    let status = match Client::connect(&look.socket()?).and_then(|mut client| client.status()) {
         Ok(status) => Some(status),
         Err(error) if error.is::<NoAgent>() => pinned(&look.kernel()?)?,
         Err(error) => return Err(error),
@@ -46,17 +46,15 @@ pub fn run(look: &LookArgs) -> anyhow::Result<ExitCode> {
 /// The status of a kernel path without an agent.
 fn pinned(config: &kernel::Config) -> anyhow::Result<Option<Status>> {
     let Some(snapshot) = kernel::snapshot(config)? else { return Ok(None) };
-    let mut status = Status {
-        kernel: KernelSide {
-            layout: snapshot.layout.clone(),
-            links: snapshot.links.iter().map(Into::into).collect(),
-            ..KernelSide::default()
-        },
-        ..Status::default()
+    let mut status = Status::default();
+    let mut kernel = KernelSide {
+        layout: snapshot.layout.clone(),
+        links: snapshot.links.iter().map(Into::into).collect(),
+        ..KernelSide::default()
     };
     if let Some(state) = snapshot.state {
-        status.kernel.layers = layer_names(state.settings.layers);
-        status.kernel.maps = state.occupancy.into_iter().map(Into::into).collect();
+        kernel.layers = layer_names(state.settings.layers);
+        kernel.maps = state.occupancy.into_iter().map(Into::into).collect();
         status.counters = counters(&state.stats);
         status.pods = state
             .pods
@@ -69,6 +67,7 @@ fn pinned(config: &kernel::Config) -> anyhow::Result<Option<Status>> {
             })
             .collect();
     }
+    status.kernel = Some(kernel);
     Ok(Some(status))
 }
 
@@ -80,6 +79,7 @@ fn text(status: &Status) -> String {
 }
 
 fn write(out: &mut String, status: &Status) -> std::fmt::Result {
+    let kernel = status.kernel.clone().unwrap_or_default();
     match &status.agent {
         Some(agent) => {
             let ready = match (&status.waiting_for, status.ready) {
@@ -95,7 +95,7 @@ fn write(out: &mut String, status: &Status) -> std::fmt::Result {
             )?;
         }
         None => {
-            let attached = status.kernel.links.iter().filter(|link| link.attached).count();
+            let attached = kernel.links.iter().filter(|link| link.attached).count();
             writeln!(out, "agent     not running; {attached} programs go on with the state it left")?;
         }
     }
@@ -109,7 +109,6 @@ fn write(out: &mut String, status: &Status) -> std::fmt::Result {
             writeln!(out, "          skipped: {problem}")?;
         }
     }
-    let kernel = &status.kernel;
     let layers = if kernel.layers.is_empty() { "none".to_owned() } else { kernel.layers.join(" ") };
     writeln!(out, "kernel    layers {layers}; layout {}", kernel.layout)?;
     if !kernel.cgroup.is_empty() {
@@ -162,10 +161,10 @@ mod tests {
             agent: Some(Agent { pid: 7, version: "1".into(), up_seconds: 5, adopted: true }),
             ready: true,
             source: Some(Source { name: "file:/x".into(), error: Some("3:1: bad".into()), ..Source::default() }),
-            kernel: KernelSide {
+            kernel: Some(KernelSide {
                 links: vec![crate::admin::protocol::Link { name: "connect4".into(), attached: false }],
                 ..KernelSide::default()
-            },
+            }),
             ..Status::default()
         };
         let text = text(&status);

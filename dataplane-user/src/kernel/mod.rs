@@ -25,6 +25,7 @@ mod maps;
 mod netns;
 mod pins;
 pub(crate) mod probe;
+mod reader;
 mod snapshot;
 mod sweep;
 mod sys;
@@ -48,6 +49,7 @@ pub use events::Events;
 pub use links::Attached;
 pub use maps::Sizes;
 pub use pins::cgroup2_root;
+pub use reader::Reader;
 pub use snapshot::{LinkState, Removed, Snapshot, State, snapshot, uninstall};
 pub use sweep::Swept;
 pub use sys::trim_heap;
@@ -298,9 +300,14 @@ impl Kernel {
         self.maps.stats()
     }
 
-    /// How full each hash map is. It walks them: not for hot paths.
+    /// How full each map is. It walks them: not for hot paths.
     pub fn occupancy(&self) -> Result<Vec<Occupancy>, Error> {
         snapshot::occupancy(&self.maps)
+    }
+
+    /// For another thread to look at the maps.
+    pub fn reader(&self) -> Reader {
+        Reader::new(self.maps.clone())
     }
 
     /// Takes ended flows out of `REBINDS`, a bounded number per call. Call it every second or so.

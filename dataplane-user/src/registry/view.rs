@@ -68,45 +68,52 @@ impl Registry {
         }
     }
 
-    /// Every backend of every service, by name. `service` narrows it to one.
-    pub fn rows(&self, service: Option<&str>) -> Vec<Row> {
+    /// The services, by name.
+    pub fn service_names(&self) -> Vec<Name> {
+        let declared = self.services.iter().filter(|(_, record)| record.declared);
+        let mut names: Vec<_> = declared.map(|(_, record)| record.name.clone()).collect();
+        names.sort_unstable();
+        names
+    }
+
+    /// Every backend of a service, by port and address.
+    pub fn rows(&self, service: &str) -> Vec<Row> {
         let mut found = Vec::new();
-        let wanted = |name: &str| service.is_none_or(|wanted| wanted == name);
-        for (_, record) in self.services.iter().filter(|(_, record)| record.declared && wanted(&record.name)) {
-            for &index in &record.ports {
-                let port = &self.ports[index];
-                let Some((number, protocol)) = port.declared else { continue };
-                for family in Family::BOTH {
-                    let id = port.ids[family as usize];
-                    if id == 0 {
-                        continue;
+        let record = self.service_index.get(service).map(|&index| &self.services[index]);
+        let Some(record) = record.filter(|record| record.declared) else { return found };
+        for &index in &record.ports {
+            let port = &self.ports[index];
+            let Some((number, protocol)) = port.declared else { continue };
+            for family in Family::BOTH {
+                let id = port.ids[family as usize];
+                if id == 0 {
+                    continue;
+                }
+                let mut addresses = record.addresses.clone();
+                addresses.retain(|&ip| Family::of(&address::addr(ip)) == family);
+                let row = Row {
+                    service: record.name.clone(),
+                    port: port.name.clone(),
+                    protocol,
+                    frontends: addresses.into_iter().map(|ip| SocketAddr::new(ip, number)).collect(),
+                    backend: None,
+                };
+                let before = found.len();
+                for object in port.objects.values() {
+                    let of_family =
+                        |physical: &super::backends::Physical| Family::of(&physical.value.at.addr) == family;
+                    if object.backend != 0 && self.backends.get(object.backend).is_some_and(of_family) {
+                        let backend = Some(self.backend_row(id, object));
+                        found.push(Row { backend, ..row.clone() });
                     }
-                    let mut addresses = record.addresses.clone();
-                    addresses.retain(|&ip| Family::of(&address::addr(ip)) == family);
-                    let row = Row {
-                        service: record.name.clone(),
-                        port: port.name.clone(),
-                        protocol,
-                        frontends: addresses.into_iter().map(|ip| SocketAddr::new(ip, number)).collect(),
-                        backend: None,
-                    };
-                    let before = found.len();
-                    for object in port.objects.values() {
-                        let of_family =
-                            |physical: &super::backends::Physical| Family::of(&physical.value.at.addr) == family;
-                        if object.backend != 0 && self.backends.get(object.backend).is_some_and(of_family) {
-                            let backend = Some(self.backend_row(id, object));
-                            found.push(Row { backend, ..row.clone() });
-                        }
-                    }
-                    if found.len() == before {
-                        found.push(row);
-                    }
+                }
+                if found.len() == before {
+                    found.push(row);
                 }
             }
         }
         found.sort_by(|a, b| {
-            let key = |row: &Row| (row.service.clone(), row.port.clone(), row.backend.as_ref().map(|b| b.address));
+            let key = |row: &Row| (row.port.clone(), row.backend.as_ref().map(|b| b.address));
             key(a).cmp(&key(b))
         });
         found

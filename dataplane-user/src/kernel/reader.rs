@@ -1,0 +1,27 @@
+//! The maps, for whoever only looks: counters, occupancy and flows, read beside the agent's thread.
+
+use std::sync::Arc;
+
+use dataplane_ebpf::abi::Stat;
+
+use super::{Occupancy, error::Error, maps::Maps, snapshot};
+
+/// Reads the maps of a running agent from any thread; a copy is a reference.
+#[derive(Clone, Debug)]
+pub struct Reader(Arc<Maps>);
+
+impl Reader {
+    pub(super) fn new(maps: Arc<Maps>) -> Self {
+        Self(maps)
+    }
+
+    /// Since the maps were made, over all CPUs.
+    pub fn stats(&self) -> Vec<(Stat, u64)> {
+        self.0.stats()
+    }
+
+    /// How full each map is. It walks them: not for hot paths.
+    pub fn occupancy(&self) -> Result<Vec<Occupancy>, Error> {
+        snapshot::occupancy(&self.0)
+    }
+}
