@@ -37,7 +37,7 @@ enum Task {
     },
     /// Show rolling updates, the classic way and with hitless
     Demo(Passed),
-    /// Run all tests: host, 5.15 gate, verifier, packets, lab
+    /// Run all tests: host, 5.15 gate, verifier, packets, lab, real Kubernetes
     Test(suites::Options),
     /// Measure the figures of docs/performance.md
     Bench(Passed),

@@ -29,6 +29,9 @@ pub struct Options {
     /// Only what needs root: the verifier, packets, the lab suites
     #[arg(long)]
     lab: bool,
+    /// Only the suites on a real Kubernetes
+    #[arg(long, conflicts_with_all = ["host", "lab"])]
+    cluster: bool,
     /// Passed to the test programs: a part of a test's name, --nocapture, …
     #[arg(last = true)]
     args: Vec<String>,
@@ -47,6 +50,10 @@ struct Suite {
 impl Suite {
     fn as_root(&self) -> bool {
         self.integration && AS_ROOT.contains(&self.package.as_str())
+    }
+
+    fn on_cluster(&self) -> bool {
+        self.as_root() && self.target.starts_with("cluster")
     }
 
     fn run(&self, args: &[String]) -> Result<()> {
@@ -70,7 +77,8 @@ pub fn run(workspace: &Workspace, options: &Options) -> Result<()> {
             failed.push(name);
         }
     };
-    if !options.lab {
+    let all = !options.host && !options.lab && !options.cluster;
+    if all || options.host {
         part("5.15 gate".into(), &mut || gate::run(&object));
         for suite in suites.iter().filter(|suite| !suite.as_root()) {
             part(format!("{} {}", suite.package, suite.target), &mut || suite.run(&options.args));
@@ -84,9 +92,20 @@ pub fn run(workspace: &Workspace, options: &Options) -> Result<()> {
             ]))
         });
     }
-    if !options.host {
+    if all || options.lab {
         part("verified instructions".into(), &mut || verify::run(workspace, false));
-        for suite in suites.iter().filter(|suite| suite.as_root()) {
+        for suite in suites.iter().filter(|suite| suite.as_root() && !suite.on_cluster()) {
+            part(format!("{} {} (root)", suite.package, suite.target), &mut || suite.run(&options.args));
+        }
+    }
+    if all || options.cluster {
+        // By a program of its own, so that one sees what takes minutes the first time.
+        part("parts of the cluster".into(), &mut || {
+            let lab = suites.iter().find(|suite| suite.on_cluster()).context("no suite needs a cluster")?;
+            let lab = lab.executable.ancestors().nth(2).context("tests are in deps")?.join("hitless-lab");
+            status(root::command(&lab)?.args(["cluster", "build"]))
+        });
+        for suite in suites.iter().filter(|suite| suite.on_cluster()) {
             part(format!("{} {} (root)", suite.package, suite.target), &mut || suite.run(&options.args));
         }
     }
@@ -175,6 +194,7 @@ mod tests {
             .unwrap()
         };
         assert!(artifact("tests#hitless-tests@0.1.0", "test").as_root());
+        assert!(!artifact("tests#hitless-tests@0.1.0", "test").on_cluster());
         assert!(!artifact("tests#hitless-tests@0.1.0", "lib").as_root());
         assert!(!artifact("xtask#0.1.0", "test").as_root());
     }

@@ -62,6 +62,7 @@ struct State {
 }
 
 const STATE: &str = "/run/hitless-cluster.json";
+const LOG: &str = "/run/hitless-cluster.log";
 const UP_WITHIN: Duration = Duration::from_secs(180);
 
 pub fn main(command: Command) -> Result<()> {
@@ -89,8 +90,7 @@ fn up(options: &Options) -> Result<()> {
     }
     build()?;
     let started = Instant::now();
-    let log = std::env::temp_dir().join("hitless-cluster.log");
-    let out = fs::File::create(&log)?;
+    let out = fs::File::create(LOG)?;
     let mut command = std::process::Command::new(std::env::current_exe()?);
     command.args(["cluster", "hold", "--nodes", &options.nodes.to_string()]);
     let mode = format!("{:?}", options.kube_proxy).to_lowercase();
@@ -104,12 +104,12 @@ fn up(options: &Options) -> Result<()> {
             break state;
         }
         if let Some(exit) = owner.try_wait()? {
-            bail!("the cluster did not come up ({exit}):\n{}", fs::read_to_string(&log).unwrap_or_default());
+            bail!("the cluster did not come up ({exit}):\n{}", fs::read_to_string(LOG).unwrap_or_default());
         }
         if started.elapsed() > UP_WITHIN {
             let _ =
                 nix::sys::signal::kill(nix::unistd::Pid::from_raw(owner.id().cast_signed()), nix::sys::signal::SIGTERM);
-            bail!("the cluster was not up within {UP_WITHIN:?}; its log is {}", log.display());
+            bail!("the cluster was not up within {UP_WITHIN:?}; its log is {LOG}");
         }
         std::thread::sleep(Duration::from_millis(100));
     };
@@ -148,7 +148,9 @@ fn down() -> Result<()> {
     for id in cleanup::sweep()? {
         println!("removed {id}");
     }
-    let _ = fs::remove_file(STATE);
+    for file in [STATE, LOG] {
+        let _ = fs::remove_file(file);
+    }
     Ok(())
 }
 

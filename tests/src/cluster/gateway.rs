@@ -22,6 +22,7 @@ pub const PORT: u16 = 8080;
 /// Ends its watch when dropped.
 pub struct Gateway {
     pub address: String,
+    node: usize,
     watch: Child,
     thread: Option<JoinHandle<()>>,
 }
@@ -59,9 +60,9 @@ impl Gateway {
                 eprintln!("the gateway's endpoints are no longer followed: {error:#}");
             }
         });
-        let mut gateway = Self { address: String::new(), watch, thread: Some(thread) };
+        let mut gateway = Self { address: String::new(), node, watch, thread: Some(thread) };
         cluster.apply(&format!(
-            "apiVersion: v1\nkind: Pod\nmetadata: {{name: gateway, namespace: {namespace}, labels: {{app: gateway}}}}\n\
+            "apiVersion: v1\nkind: Pod\nmetadata: {{name: gateway, namespace: {namespace}, labels: {{app: gateway, gateway.networking.k8s.io/gateway-name: shop}}}}\n\
              spec:\n  nodeName: node-{node}\n  terminationGracePeriodSeconds: 1\n  containers:\n\
              \x20 - name: envoy\n    image: {ENVOY}\n    imagePullPolicy: Never\n\
              \x20   args: [-c, /config/envoy.json, --concurrency, \"1\", --disable-hot-restart, -l, warn]\n\
@@ -81,6 +82,11 @@ impl Gateway {
             .to_owned();
         std::thread::sleep(Duration::from_secs(1));
         Ok(gateway)
+    }
+
+    /// The requests that failed, and why, as Envoy says.
+    pub fn failures(&self, cluster: &Cluster) -> String {
+        cluster.node(self.node).container_log("gateway").unwrap_or_else(|error| format!("{error:#}"))
     }
 
     pub fn url(&self, path: &str) -> String {
@@ -137,6 +143,19 @@ fn write(dir: &Path, slices: &BTreeMap<String, Vec<(String, u64)>>) -> Result<()
     Ok(fs::rename(new, path)?)
 }
 
+/// Each request that failed, and why.
+fn failures() -> Value {
+    let line = "%START_TIME% %RESPONSE_CODE% %RESPONSE_FLAGS% %RESPONSE_CODE_DETAILS% %UPSTREAM_HOST% %UPSTREAM_TRANSPORT_FAILURE_REASON% after %DURATION% ms\n";
+    json!({
+        "name": "failures",
+        "filter": {"status_code_filter": {"comparison": {"op": "GE", "value": {"default_value": 500, "runtime_key": "failures"}}}},
+        "typed_config": {
+            "@type": "type.googleapis.com/envoy.extensions.access_loggers.stream.v3.StdoutAccessLog",
+            "log_format": {"text_format_source": {"inline_string": line}},
+        },
+    })
+}
+
 /// No retries: what the network loses is to be seen. A connection per request, as most requests meet during a rollout.
 fn bootstrap() -> Value {
     let many =
@@ -149,6 +168,7 @@ fn bootstrap() -> Value {
                 "typed_config": {
                     "@type": "type.googleapis.com/envoy.extensions.filters.network.http_connection_manager.v3.HttpConnectionManager",
                     "stat_prefix": "gateway",
+                    "access_log": [failures()],
                     "route_config": {"virtual_hosts": [{"name": "web", "domains": ["*"], "routes": [{"match": {"prefix": "/"}, "route": {"cluster": "web"}}]}]},
                     "http_filters": [{"name": "router", "typed_config": {"@type": "type.googleapis.com/envoy.extensions.filters.http.router.v3.Router"}}],
                 },

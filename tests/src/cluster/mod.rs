@@ -1,6 +1,8 @@
 //! A real Kubernetes on one machine, without Docker: each node is a network and a mount namespace with its own
 //! containerd and kubelet, joined to the control plane by veth, and everything is removed with the lab's means.
 
+pub mod agent;
+pub mod bridge;
 pub mod command;
 pub mod control;
 pub mod gateway;

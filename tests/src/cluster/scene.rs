@@ -1,49 +1,92 @@
 //! A cluster with one deployment, its service and its clients: what a rollout needs.
 
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
 use serde_json::Value;
 
 use super::{
     Cluster, Spec,
-    image::{self, NGINX},
+    agent::Agent,
+    bridge::Bridge,
+    image::{self, HTTPBIN, NGINX},
     load::{Load, LoadSpec, Outcome},
 };
 
 pub const NAMESPACE: &str = "shop";
+/// Every server answers here.
+pub const PATH: &str = "/status/200";
 pub const WEB: &str = "deployment/web";
 
+/// What serves.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Server {
+    /// Closes everything at SIGTERM, also what it has accepted and not answered
+    Nginx,
+    /// Closes its listener at SIGTERM, and answers what it has accepted
+    Httpbin,
+}
+
 /// No preStop hook, no readiness trick, no sleep: what people write first.
-fn web(replicas: usize) -> String {
+fn web(replicas: usize, server: Server) -> String {
+    let (image, path) = match server {
+        Server::Nginx => (NGINX, "/"),
+        Server::Httpbin => (HTTPBIN, "/status/200"),
+    };
     format!(
         "apiVersion: v1\nkind: Namespace\nmetadata: {{name: {NAMESPACE}, labels: {{istio.io/dataplane-mode: ambient}}}}\n---\n\
          apiVersion: v1\nkind: Service\nmetadata: {{name: web, namespace: {NAMESPACE}}}\n\
          spec: {{selector: {{app: web}}, ports: [{{name: http, port: 80, targetPort: 8080}}]}}\n---\n\
          apiVersion: apps/v1\nkind: Deployment\nmetadata: {{name: web, namespace: {NAMESPACE}}}\n\
          spec:\n  replicas: {replicas}\n  selector: {{matchLabels: {{app: web}}}}\n  template:\n    metadata: {{labels: {{app: web}}}}\n\
-         \x20   spec:\n      containers:\n      - name: nginx\n        image: {NGINX}\n        imagePullPolicy: Never\n\
-         \x20       ports: [{{containerPort: 8080}}]\n        readinessProbe: {{httpGet: {{path: /, port: 8080}}, periodSeconds: 1}}\n"
+         \x20   spec:\n      containers:\n      - name: nginx\n        image: {image}\n        imagePullPolicy: Never\n\
+         \x20       ports: [{{containerPort: 8080}}]\n        readinessProbe: {{httpGet: {{path: {path}, port: 8080}}, periodSeconds: 1}}\n"
     )
 }
 
 pub struct Scene {
+    // Before the cluster they look at.
+    pub agents: Vec<Agent>,
+    pub bridge: Option<Bridge>,
     pub cluster: Cluster,
     pub vip: String,
 }
 
 impl Scene {
-    pub fn new(spec: &Spec, replicas: usize) -> Result<Self> {
+    pub fn new(spec: &Spec, replicas: usize, server: Server) -> Result<Self> {
         let cluster = Cluster::start(spec)?;
-        for image in [image::nginx()?, image::fortio()?] {
+        let image = match server {
+            Server::Nginx => image::nginx()?,
+            Server::Httpbin => image::httpbin()?,
+        };
+        for image in [image, image::fortio()?] {
             cluster.load(&image)?;
         }
-        cluster.apply(&web(replicas))?;
-        let mut scene = Self { cluster, vip: String::new() };
+        cluster.apply(&web(replicas, server))?;
+        let mut scene = Self { agents: Vec::new(), bridge: None, cluster, vip: String::new() };
         scene.kubectl(&["rollout", "status", WEB, "--timeout=60s"])?;
         let service = scene.get(&["service", "web"])?;
         scene.vip = service["spec"]["clusterIP"].as_str().context("a service without an address")?.to_owned();
         Ok(scene)
+    }
+
+    /// hitless on every node.
+    pub fn with_hitless(spec: &Spec, replicas: usize, server: Server) -> Result<Self> {
+        let mut scene = Self::new(spec, replicas, server)?;
+        let bridge = Bridge::start(&scene.cluster)?;
+        for node in scene.cluster.nodes() {
+            scene.agents.push(Agent::start(node, &bridge, &[])?);
+        }
+        scene.bridge = Some(bridge);
+        Ok(scene)
+    }
+
+    /// Waits until hitless serves the connections of a pod of the first node.
+    pub fn wait_enrolled(&self, pod: &str) -> Result<()> {
+        match self.agents.first() {
+            Some(agent) => agent.wait_enrolled(&format!("{NAMESPACE}/{pod}")),
+            None => Ok(()),
+        }
     }
 
     /// In the namespace of the scene.
@@ -59,10 +102,17 @@ impl Scene {
     pub fn load(&self, name: &str, url: &str, qps: u32, time: Duration) -> Result<Load> {
         let connections = if qps > 200 { 32 } else { 8 };
         let spec = LoadSpec { name: name.into(), url: url.into(), qps, connections, time, node: 1 };
-        Load::start(&self.cluster, NAMESPACE, spec)
+        let load = Load::start(&self.cluster, NAMESPACE, spec)?;
+        self.wait_enrolled(name)?;
+        Ok(load)
     }
 
-    /// Replaces every pod, a number of times, and returns when the last is gone.
+    /// By the service's address.
+    pub fn url(&self) -> String {
+        format!("http://{}{PATH}", self.vip)
+    }
+
+    /// Replaces every pod, a number of times.
     pub fn roll(&self, times: usize) -> Result<()> {
         for _ in 0..times {
             self.kubectl(&["rollout", "restart", WEB])?;
@@ -82,5 +132,45 @@ impl Scene {
         let outcome = load.finish(&self.cluster)?;
         eprintln!("{name}: {times} rollouts in {took:.1?}: {outcome:?}");
         Ok(outcome)
+    }
+
+    /// The names of the deployment's pods.
+    pub fn pods(&self) -> Result<Vec<String>> {
+        let list = self.get(&["pods", "-l", "app=web"])?;
+        let items = list["items"].as_array().into_iter().flatten();
+        Ok(items.filter_map(|pod| pod["metadata"]["name"].as_str().map(str::to_owned)).collect())
+    }
+
+    /// Waits until as many pods are left and ready; those that end are gone.
+    pub fn wait_pods(&self, count: usize) -> Result<()> {
+        let deadline = Instant::now() + Duration::from_secs(60);
+        loop {
+            let list = self.get(&["pods", "-l", "app=web"])?;
+            let items: Vec<_> = list["items"].as_array().into_iter().flatten().collect();
+            if items.len() == count && items.iter().all(|pod| super::is_ready(pod)) {
+                return Ok(());
+            }
+            if Instant::now() > deadline {
+                bail!("{} pods after 60 s, not {count} ready ones", items.len());
+            }
+            std::thread::sleep(Duration::from_millis(100));
+        }
+    }
+
+    /// Kills a pod's server as the OOM killer does: SIGKILL, no event before it.
+    pub fn crash(&self, pod: &str) -> Result<()> {
+        let object = self.get(&["pod", pod])?;
+        let node = object["spec"]["nodeName"].as_str().context("a scheduled pod")?;
+        let node = self.cluster.nodes().iter().find(|other| other.name == node).context("a node of the cluster")?;
+        let id = object["status"]["containerStatuses"][0]["containerID"].as_str().context("a running container")?;
+        let id = id.trim_start_matches("containerd://");
+        node.ctr(&["tasks", "kill", "--signal", "SIGKILL", id]).map(drop)
+    }
+
+    /// How often containers of the deployment were started again.
+    pub fn restarts(&self) -> Result<u64> {
+        let list = self.get(&["pods", "-l", "app=web"])?;
+        let items = list["items"].as_array().into_iter().flatten();
+        Ok(items.filter_map(|pod| pod["status"]["containerStatuses"][0]["restartCount"].as_u64()).sum())
     }
 }
