@@ -184,16 +184,20 @@ impl Node {
         let pod = dirs
             .map(|entry| entry.path())
             .find(|path| path.file_name().is_some_and(|name| name.to_string_lossy().split('_').nth(1) == Some(pod)));
-        let mut text = String::new();
+        // Lines of both streams may fall between each other: one after the other they are whole.
+        let (mut text, mut errors) = (String::new(), String::new());
         for container in fs::read_dir(pod.context("no log of the pod")?)?.flatten() {
             for file in fs::read_dir(container.path())?.flatten() {
                 for line in fs::read_to_string(file.path())?.lines() {
                     // time, stream, F or P, the line
-                    text.push_str(line.splitn(4, ' ').nth(3).unwrap_or_default());
-                    text.push('\n');
+                    let mut fields = line.splitn(4, ' ').skip(1);
+                    let into = if fields.next() == Some("stderr") { &mut errors } else { &mut text };
+                    into.push_str(fields.nth(1).unwrap_or_default());
+                    into.push('\n');
                 }
             }
         }
+        text.push_str(&errors);
         Ok(text)
     }
 }
