@@ -24,6 +24,10 @@ const LEFT_OUT: &[&str] = &[
     "Event.errno",
     "Event.after_ns",
     "Event.port",
+    "Drain.api_ns",
+    "Drain.sigterm_ns",
+    "Drain.listener_ns",
+    "Drain.control_plane_ns",
 ];
 
 fn main() -> Result<(), Box<dyn Error>> {

@@ -1,6 +1,7 @@
 //! The agent: wires sources, registry, kernel and the admin socket on one thread.
 
 pub mod core;
+mod instruments;
 mod prove;
 mod report;
 
@@ -91,8 +92,15 @@ async fn serve(config: Config) -> anyhow::Result<()> {
     spawn(&mut tasks, "event ring", signal::watch(events, core.clone()));
     let admin_socket = admin::socket(&config.state_dir);
     let (queries, mut asked) = mpsc::channel(16);
+    let metrics = match config.metrics {
+        Some(at) => Some(
+            crate::metrics::http::listen(at)
+                .with_context(|| format!("metrics cannot be served at {at}: name another --metrics-address, or off"))?,
+        ),
+        None => None,
+    };
     let reader = core.borrow().kernel.reader();
-    let admin_server = admin::serve(&admin_socket, queries, reader)
+    let admin_server = admin::serve(&admin_socket, metrics, queries, reader)
         .with_context(|| format!("socket {}: cannot be made; name another --state-dir", admin_socket.display()))?;
     let (asked_core, asked_config, started) = (core.clone(), config.clone(), Instant::now());
     spawn(&mut tasks, "admin", async move {

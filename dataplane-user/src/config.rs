@@ -87,6 +87,11 @@ pub struct Options {
     #[arg(long, env = "HITLESS_READY_FILE", value_name = "PATH")]
     pub ready_file: Option<PathBuf>,
 
+    /// Where metrics, /healthz and /readyz are served over HTTP: ADDRESS:PORT, or off
+    /// [default: off; with the kube source [::]:15084]
+    #[arg(long, env = "HITLESS_METRICS_ADDRESS", value_name = "ADDRESS")]
+    pub metrics_address: Option<MetricsAddress>,
+
     /// How log lines look [default: text]
     #[arg(long, env = "HITLESS_LOG_FORMAT", value_name = "FORMAT")]
     pub log_format: Option<LogFormat>,
@@ -137,6 +142,8 @@ pub struct Config {
     pub canary: bool,
     pub on_exit: OnExit,
     pub ready_file: Option<PathBuf>,
+    /// Where metrics are served.
+    pub metrics: Option<std::net::SocketAddr>,
     pub log_format: LogFormat,
     pub log_level: String,
 }
@@ -194,6 +201,7 @@ impl Options {
             canary,
             on_exit,
             ready_file,
+            metrics_address,
             log_format,
             log_level,
         )
@@ -253,6 +261,7 @@ impl Options {
             canary: self.canary.unwrap_or_default() == Switch::On,
             on_exit: self.on_exit.unwrap_or_default(),
             ready_file: self.ready_file,
+            metrics: self.metrics_address.and_then(|address| address.0),
             log_format: self.log_format.unwrap_or_default(),
             log_level: self.log_level.unwrap_or_else(|| "info".into()),
         })
@@ -314,7 +323,7 @@ macro_rules! by_text {
     )*};
 }
 
-by_text!(Source, Layers, Span, Mark);
+by_text!(Source, Layers, Span, Mark, MetricsAddress);
 
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(try_from = "String", into = "String")]
@@ -441,6 +450,33 @@ impl fmt::Display for Mark {
     }
 }
 
+/// Where metrics are served; `None`: nowhere.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(try_from = "String", into = "String")]
+pub struct MetricsAddress(pub Option<std::net::SocketAddr>);
+
+impl FromStr for MetricsAddress {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        match text {
+            "off" => Ok(Self(None)),
+            _ => text.parse().map(|at| Self(Some(at))).map_err(|_| {
+                format!("{text:?} is no address; give one with its port, such as [::]:15084 or 127.0.0.1:15084, or off")
+            }),
+        }
+    }
+}
+
+impl fmt::Display for MetricsAddress {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self.0 {
+            Some(at) => at.fmt(f),
+            None => f.write_str("off"),
+        }
+    }
+}
+
 /// A mapping in the file; `name=number,…` as a flag.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(transparent)]
@@ -532,6 +568,7 @@ tcx: off
 canary: off
 on-exit: uninstall
 ready-file: /run/x/ready
+metrics-address: 127.0.0.1:15084
 log-format: json
 log-level: debug
 ";

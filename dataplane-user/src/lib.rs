@@ -6,6 +6,7 @@ pub mod cli;
 pub mod config;
 pub mod doctor;
 pub mod kernel;
+pub mod metrics;
 pub mod model;
 pub mod registry;
 pub mod signal;

@@ -124,7 +124,7 @@ impl Drop for Agent {
 struct Stream(BufReader<UnixStream>);
 
 impl Stream {
-    fn send(&mut self, line: &str) -> Value {
+    fn send(&mut self, line: impl std::fmt::Display) -> Value {
         writeln!(self.0.get_mut(), "{line}").expect("the agent reads");
         let mut answer = String::new();
         self.0.read_line(&mut answer).expect("the agent answers");
@@ -218,7 +218,7 @@ fn an_answer_on_the_stream_means_that_it_is_in_the_maps() {
     let mut stream = site.stream();
     let backend = |n: u8| json!({"kind": "backend", "service": "shop/web", "address": format!("192.0.2.{n}"), "targetPort": 8080, "pod": format!("shop/web-{n}")});
     let service = json!({"name": "shop/web", "addresses": ["192.0.2.10"], "ports": [{"port": 80}]});
-    let answer = stream.send(&json!({"op": "sync", "state": {"services": [service]}}).to_string());
+    let answer = stream.send(json!({"op": "sync", "state": {"services": [service]}}).to_string());
     assert_eq!(answer["ok"], true, "{answer}");
     site.wait_ready();
     let living = || {
@@ -226,7 +226,7 @@ fn an_answer_on_the_stream_means_that_it_is_in_the_maps() {
         state.seed.backends.iter().filter(|(.., health)| health.state() == State::Ready).count()
     };
     for n in 1..=3 {
-        let answer = stream.send(&json!({"op": "upsert", "object": backend(n)}).to_string());
+        let answer = stream.send(json!({"op": "upsert", "object": backend(n)}).to_string());
         assert_eq!((&answer["ok"], living()), (&json!(true), n.into()), "{answer}");
         assert!(answer["applied_ns"].is_u64() && answer["lag_ns"].is_u64(), "{answer}");
     }
@@ -239,7 +239,7 @@ fn an_answer_on_the_stream_means_that_it_is_in_the_maps() {
     assert!(answer["error"].as_str().is_some_and(|error| error.contains("missing field `name`")), "{answer}");
     let weightless =
         json!({"kind": "backend", "service": "shop/web", "address": "192.0.2.4", "targetPort": 8080, "weight": 0});
-    let answer = stream.send(&json!({"op": "upsert", "object": weightless}).to_string());
+    let answer = stream.send(json!({"op": "upsert", "object": weightless}).to_string());
     assert_eq!(answer["ok"], false, "{answer}");
 
     // Others may speak too, and who leaves takes nothing back.
@@ -261,7 +261,7 @@ fn an_answer_on_the_stream_means_that_it_is_in_the_maps() {
         })
         .into();
     let state = json!({"services": [service], "backends": backends});
-    let answer = stream.send(&json!({"op": "sync", "state": state}).to_string());
+    let answer = stream.send(json!({"op": "sync", "state": state}).to_string());
     assert_eq!((&answer["ok"], &answer["changes"]), (&json!(true), &json!(0)), "{answer}");
 }
 
@@ -291,4 +291,78 @@ fn a_stop_keeps_the_kernel_path_unless_told_otherwise_and_a_second_agent_is_refu
     site.wait_ready();
     assert!(agent.stop(Signal::SIGINT));
     assert!(!site.path("bpf/hitless").exists(), "everything pinned is gone");
+}
+
+/// A GET of the agent's metrics listener: status line and body.
+fn get(at: std::net::SocketAddr, path: &str) -> Option<(String, String)> {
+    use std::io::Read;
+    let mut stream = std::net::TcpStream::connect(at).ok()?;
+    write!(stream, "GET {path} HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n").ok()?;
+    let mut answer = String::new();
+    stream.read_to_string(&mut answer).ok()?;
+    let (head, body) = answer.split_once("\r\n\r\n")?;
+    Some((head.lines().next()?.to_owned(), body.to_owned()))
+}
+
+/// The value of a sample, by its name with labels as they are written.
+fn sample(text: &str, name: &str) -> f64 {
+    let line = text.lines().find_map(|line| line.strip_prefix(name)?.strip_prefix(' '));
+    line.unwrap_or_else(|| panic!("no {name} in\n{text}")).parse().expect("a number")
+}
+
+#[test]
+fn readiness_is_told_and_metrics_move_by_what_happened_and_a_hostile_client_hurts_nobody() {
+    let site = Site::new("metrics");
+    let free = std::net::TcpListener::bind("127.0.0.1:0").expect("a port").local_addr().expect("it is bound");
+    let source = format!("stream:{}", site.path("source").display());
+    let _agent = site.agent(&source, &["--metrics-address", &free.to_string()]);
+    let mut stream = site.stream();
+    let (status, body) = get(free, "/readyz").expect("an answer");
+    assert!(status.contains("503") && body.contains("first full state"), "{status} {body}");
+    assert!(get(free, "/healthz").expect("an answer").0.contains("200"));
+
+    let backend = json!({"service": "a/b", "address": "10.0.0.1", "targetPort": 80, "pod": "a/p-1"});
+    stream.send(json!({"op": "sync", "state": {
+        "services": [{"name": "a/b", "addresses": ["10.9.9.9"], "ports": [{"port": 80}]}],
+        "backends": [backend], "pods": [{"name": "a/p-1", "addresses": ["10.0.0.1"]}]}}));
+    site.wait("readiness", || get(free, "/readyz").is_some_and(|(status, _)| status.contains("200")));
+
+    // Deleted first, and only then does the control plane say that its endpoint is gone.
+    stream.send(json!({"op": "upsert", "object": {"kind": "pod", "name": "a/p-1", "terminating": true}}));
+    sleep(Duration::from_millis(300));
+    stream.send(json!({"op": "delete", "object":
+        {"kind": "backend", "service": "a/b", "address": "10.0.0.1", "targetPort": 80}}));
+    let (_, text) = get(free, "/metrics").expect("an answer");
+    assert_eq!(sample(&text, "hitless_drains_total{first=\"api\"}"), 1.0);
+    assert_eq!(sample(&text, "hitless_control_plane_lag_seconds_count{first=\"api\"}"), 1.0);
+    let lag = sample(&text, "hitless_control_plane_lag_seconds_sum{first=\"api\"}");
+    assert!((0.2..60.0).contains(&lag), "{lag}");
+    assert_eq!(sample(&text, "hitless_endpoint_lag_seconds_count{signal=\"api\"}"), 2.0);
+    assert_eq!(sample(&text, "hitless_objects{kind=\"service\"}"), 1.0);
+    assert_eq!(sample(&text, "hitless_map_entries{map=\"FRONTENDS\"}"), 1.0);
+    assert!(sample(&text, "process_resident_memory_bytes") > 1e6);
+
+    let ask = |command: &[&str]| {
+        let mut hitless = Command::new(env!("CARGO_BIN_EXE_hitless"));
+        let out = hitless.args(command).arg("--output=json").arg("--state-dir").arg(site.path("run")).output();
+        serde_json::from_slice::<Value>(&out.expect("it runs").stdout).expect("JSON")
+    };
+    let drain = ask(&["drain", "watch", "--once"]);
+    assert_eq!((&drain["pod"], &drain["first"]), (&json!("a/p-1"), &json!("api")));
+    assert!(drain["controlPlaneNs"].as_u64() > drain["apiNs"].as_u64(), "{drain}");
+    let report = ask(&["rollout", "report"]);
+    assert_eq!((&report[0]["workload"], &report[0]["pods"]), (&json!("a/p"), &json!(1)));
+    assert_eq!(ask(&["connections"]), json!([]));
+
+    // Garbage, silence and more clients than there are places, on the admin socket.
+    let path = site.path("run/hitless.sock");
+    let mut garbage = UnixStream::connect(&path).expect("it listens");
+    let _ = garbage.write_all(&[0xff; 4096]);
+    let silent: Vec<_> = (0..100).map(|_| UnixStream::connect(&path).expect("it listens")).collect();
+    assert!(get(free, "/healthz").expect("an answer").0.contains("200"));
+    drop(silent);
+    site.wait("a status after all that", || {
+        let out = site.hitless("status").args(["--output", "json"]).output().expect("it runs");
+        out.status.success()
+    });
 }

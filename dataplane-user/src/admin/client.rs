@@ -11,8 +11,8 @@ use tonic::{
 };
 
 use super::protocol::{
-    EndpointRow, EventRow, GetStatusRequest, ListEndpointsRequest, Status, WatchEventsRequest,
-    admin_client::AdminClient,
+    Connection, Drain, EndpointRow, EventRow, GetStatusRequest, ListConnectionsRequest, ListDrainsRequest,
+    ListEndpointsRequest, Status, WatchEventsRequest, admin_client::AdminClient,
 };
 
 /// No agent answers at the socket.
@@ -64,6 +64,26 @@ impl Client {
         let mut rows = Vec::new();
         let call = self.admin.list_endpoints(ListEndpointsRequest { service });
         each(&self.runtime, call, |row| {
+            rows.push(row);
+            Ok(true)
+        })?;
+        Ok(rows)
+    }
+
+    /// The drains that the agent remembers, oldest first.
+    pub fn drains(&mut self) -> anyhow::Result<Vec<Drain>> {
+        let mut rows = Vec::new();
+        each(&self.runtime, self.admin.list_drains(ListDrainsRequest {}), |row| {
+            rows.push(row);
+            Ok(true)
+        })?;
+        Ok(rows)
+    }
+
+    /// The connections that were moved.
+    pub fn connections(&mut self) -> anyhow::Result<Vec<Connection>> {
+        let mut rows = Vec::new();
+        each(&self.runtime, self.admin.list_connections(ListConnectionsRequest {}), |row| {
             rows.push(row);
             Ok(true)
         })?;

@@ -12,7 +12,8 @@ use std::path::{Path, PathBuf};
 
 use tokio::sync::{broadcast, mpsc, oneshot};
 
-use protocol::{EndpointRow, EventRow, Status};
+use crate::metrics::Facts;
+use protocol::{Drain, EndpointRow, EventRow, Status};
 pub use server::{Server, serve};
 
 /// The socket's place in the state directory.
@@ -27,6 +28,9 @@ pub enum Query {
     Status(oneshot::Sender<Status>),
     /// Of one service, or all; piece by piece, as fast as they are taken.
     Endpoints(Option<String>, mpsc::Sender<Vec<EndpointRow>>),
+    /// For metrics, and for the health of the loop itself.
+    Facts(oneshot::Sender<Box<Facts>>),
+    Drains(oneshot::Sender<Vec<Drain>>),
     /// The last events, and those to come.
     Events(oneshot::Sender<(Vec<EventRow>, broadcast::Receiver<EventRow>)>),
 }

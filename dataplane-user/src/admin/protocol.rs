@@ -4,13 +4,15 @@ use std::collections::BTreeMap;
 
 use crate::{
     kernel::{LinkState, Occupancy},
+    metrics::drains::{self, Signal},
+    registry::address,
     registry::view::{Counts, Row},
 };
 use dataplane_ebpf::{
     abi::{
-        CAUSE_COLLISION, CAUSE_ICMP, CAUSE_RST, CAUSE_SILENT, EVENT_EXHAUSTED, EVENT_LISTENER_CLOSED,
+        self, CAUSE_COLLISION, CAUSE_ICMP, CAUSE_RST, CAUSE_SILENT, EVENT_EXHAUSTED, EVENT_LISTENER_CLOSED,
         EVENT_LISTENER_OPENED, EVENT_REBOUND, EVENT_RECOVERED, EVENT_REFUSED, EVENT_STOP_SIGNAL, EVENT_SUSPECTED,
-        EVENT_TIMED_OUT, EVENT_UNREACHABLE, Event, LAYER_CHOOSE, LAYER_KNOW, LAYER_REBIND, Stat,
+        EVENT_TIMED_OUT, EVENT_UNREACHABLE, Event, FlowKey, LAYER_CHOOSE, LAYER_KNOW, LAYER_REBIND, Rebind, Stat,
     },
     health::{Health, State, TICK_SHIFT, ticks},
 };
@@ -20,8 +22,9 @@ mod generated {
 }
 
 pub use generated::{
-    Agent, Backend as BackendRow, Endpoint as EndpointRow, Event as EventRow, GetStatusRequest, Hook, KernelSide, Link,
-    ListEndpointsRequest, Map, Objects, Pod as PodRow, Source, Status, WatchEventsRequest, admin_client, admin_server,
+    Agent, Backend as BackendRow, Connection, Drain, Endpoint as EndpointRow, Event as EventRow, GetStatusRequest,
+    Hook, KernelSide, Link, ListConnectionsRequest, ListDrainsRequest, ListEndpointsRequest, Map, Objects,
+    Pod as PodRow, Source, Status, WatchEventsRequest, admin_client, admin_server,
 };
 
 /// Names for the numbers in an event.
@@ -139,6 +142,50 @@ pub fn suspect_ms(word: Health, now_ns: u64) -> Option<u64> {
         let left = word.until().wrapping_sub(ticks(now_ns)) as i32;
         ((left.max(0) as u64) << TICK_SHIFT) / 1_000_000
     })
+}
+
+impl Connection {
+    pub fn new(key: &FlowKey, flow: &Rebind, now_ns: u64) -> Self {
+        let at = |addr, port_be| address::socket(&abi::Endpoint::new(addr, port_be, abi::PROTO_TCP)).to_string();
+        let state = match flow.closing & !abi::REBIND_NODE {
+            0 => "opening",
+            abi::REBIND_ESTABLISHED => "established",
+            _ => "closing",
+        };
+        Self {
+            client: at(key.client, key.client_port_be),
+            peer: at(key.peer, key.peer_port_be),
+            backend: at(flow.to, flow.to_port_be),
+            state: state.into(),
+            idle_ms: now_ns.saturating_sub(flow.last_seen_ns) / 1_000_000,
+        }
+    }
+}
+
+impl From<&drains::Drain> for Drain {
+    fn from(drain: &drains::Drain) -> Self {
+        let (first, first_ns) = drain.first();
+        let first = match first {
+            Signal::Api => "api",
+            Signal::Sigterm => "sigterm",
+            Signal::Listener => "listener",
+            Signal::ControlPlane => "controlPlane",
+        };
+        let [api_ns, sigterm_ns, listener_ns, control_plane_ns] = drain.at_ns.map(|at| (at != 0).then_some(at));
+        Self {
+            pod: drain.pod.to_string(),
+            services: drain.services.clone(),
+            first: first.into(),
+            first_ns,
+            api_ns,
+            sigterm_ns,
+            listener_ns,
+            control_plane_ns,
+            rebound: drain.rebound,
+            failed: drain.failed,
+            returned: drain.returned,
+        }
+    }
 }
 
 impl From<Counts> for Objects {

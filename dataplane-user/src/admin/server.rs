@@ -10,13 +10,17 @@ use tonic::{Request, Response};
 use super::{
     Query,
     protocol::{
-        EndpointRow, EventRow, GetStatusRequest, ListEndpointsRequest, Status, WatchEventsRequest,
+        Connection, Drain, EndpointRow, EventRow, GetStatusRequest, ListConnectionsRequest, ListDrainsRequest,
+        ListEndpointsRequest, Status, WatchEventsRequest,
         admin_server::{Admin, AdminServer},
         counters,
     },
     socket,
 };
-use crate::kernel::Reader;
+use crate::{
+    kernel::{Reader, monotonic_ns},
+    metrics::http,
+};
 
 /// Requests are short.
 const MAX_REQUEST: usize = 16 << 10;
@@ -48,12 +52,20 @@ impl Drop for Server {
 }
 
 /// Serves at `path` on a thread of its own.
-pub fn serve(path: &Path, queries: mpsc::Sender<Query>, reader: Reader) -> io::Result<Server> {
+pub fn serve(
+    path: &Path,
+    metrics: Option<std::net::TcpListener>,
+    queries: mpsc::Sender<Query>,
+    reader: Reader,
+) -> io::Result<Server> {
     let listener = socket::listen(path)?;
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
     let (stop, stopped) = oneshot::channel();
     let thread = std::thread::Builder::new().name("admin".into()).spawn(move || {
         runtime.block_on(async {
+            if let Some(metrics) = metrics {
+                tokio::spawn(http::serve(metrics, queries.clone(), reader.clone()));
+            }
             tokio::select! {
                 () = grpc(listener, Service { queries, reader }) => {}
                 _ = stopped => {}
@@ -109,6 +121,22 @@ impl Admin for Service {
         let (to, pieces) = mpsc::channel(PIECES);
         self.queries.send(Query::Endpoints(request.into_inner().service, to)).await.map_err(|_| stopping())?;
         Ok(Response::new(Box::pin(ReceiverStream::new(pieces).flat_map(|rows| stream::iter(rows).map(Ok)))))
+    }
+
+    type ListDrainsStream = Pieces<Drain>;
+
+    async fn list_drains(&self, _: Request<ListDrainsRequest>) -> Answer<Self::ListDrainsStream> {
+        let drains = self.ask(Query::Drains).await?;
+        Ok(Response::new(Box::pin(stream::iter(drains).map(Ok))))
+    }
+
+    type ListConnectionsStream = Pieces<Connection>;
+
+    async fn list_connections(&self, _: Request<ListConnectionsRequest>) -> Answer<Self::ListConnectionsStream> {
+        let flows = self.read(Reader::flows).await?.map_err(|error| tonic::Status::internal(error.to_string()))?;
+        let now = monotonic_ns();
+        let rows = flows.into_iter().map(move |(key, flow)| Ok(Connection::new(&key, &flow, now)));
+        Ok(Response::new(Box::pin(stream::iter(rows))))
     }
 
     type WatchEventsStream = Pieces<EventRow>;

@@ -17,6 +17,7 @@ use tracing::{debug, error, info, warn};
 use crate::{
     admin::protocol::{EventRow, Hook, Names},
     kernel::{Attached, Kernel, Notice, Outcome, canary::SERVER_POD, monotonic_ns, trim_heap},
+    metrics::{Counted, drains::Drains, lag::Lags},
     model::{Event, Key, Object},
     registry::{
         Problem, Registry,
@@ -71,6 +72,9 @@ pub struct Core {
     pub hooks: Vec<Hook>,
     pub history: VecDeque<EventRow>,
     pub followers: broadcast::Sender<EventRow>,
+    pub lags: Lags,
+    pub drains: Drains,
+    pub counted: Counted,
     changes: Vec<Change>,
     /// Why the hooks are not proved, when that was tried.
     pub unproved: Option<String>,
@@ -100,6 +104,9 @@ impl Core {
             hooks: Vec::new(),
             history: VecDeque::new(),
             followers: broadcast::Sender::new(HISTORY),
+            lags: Lags::default(),
+            drains: Drains::default(),
+            counted: Counted::default(),
             changes: Vec::new(),
             unproved: None,
             activation_error: None,
@@ -111,12 +118,15 @@ impl Core {
         let sync = matches!(event, Event::Sync { .. });
         let name = if self.problems.is_empty() || sync { None } else { name_of(&event) };
 
+        let word = self.listen(&event);
         let mut problems = self.registry.apply(event, &mut self.changes);
         let mut written = self.write(&mut problems);
         let at_ns = monotonic_ns();
         problems.extend(self.registry.settle(&mut self.changes));
         written += self.write(&mut problems);
 
+        self.heard(word, read_ns, at_ns);
+        self.counted.skipped += problems.len() as u64;
         self.source.last_event = Some(Instant::now());
         if sync {
             self.source.error = None;
@@ -240,6 +250,7 @@ impl Core {
     /// The source could not be read: what is in force stays.
     pub fn source_failed(&mut self, problem: String) {
         if self.source.error.as_ref() != Some(&problem) {
+            self.counted.refused += 1;
             error!(problem, "source refused; the last good state stays in force");
             self.source.error = Some(problem);
         }
@@ -292,6 +303,7 @@ impl Core {
         if matches!(event.kind, abi::EVENT_LISTENER_OPENED | abi::EVENT_LISTENER_CLOSED) {
             self.kernel.recount(event.pod);
         }
+        self.measure(event);
         let record = EventRow::new(event, &self.registry);
         if self.history.len() == HISTORY {
             self.history.pop_front();

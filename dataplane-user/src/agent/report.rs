@@ -10,8 +10,9 @@ use crate::{
         Query,
         protocol::{Agent, EndpointRow, KernelSide, Link, PodRow, Source, Status, layer_names},
     },
-    config::Config,
+    config::{self, Config},
     kernel::monotonic_ns,
+    metrics::Facts,
 };
 
 /// How many services are told of before others of the agent's thread have their turn.
@@ -22,6 +23,8 @@ pub fn answer(query: Query, core: &Shared, config: &Config, started: Instant) {
     match query {
         Query::Status(to) => drop(to.send(status(&core.borrow(), config, started))),
         Query::Endpoints(service, to) => drop(tokio::task::spawn_local(endpoints(core.clone(), service, to))),
+        Query::Facts(to) => drop(to.send(Box::new(facts(&core.borrow(), config)))),
+        Query::Drains(to) => drop(to.send(core.borrow().drains.iter().map(Into::into).collect())),
         Query::Events(to) => {
             let core = core.borrow();
             drop(to.send((core.history.iter().cloned().collect(), core.followers.subscribe())));
@@ -57,6 +60,28 @@ fn status(core: &Core, config: &Config, started: Instant) -> Status {
         pods: pods(core),
         counters: BTreeMap::new(),
         hooks: core.hooks.clone(),
+    }
+}
+
+fn facts(core: &Core, config: &Config) -> Facts {
+    let ready = *core.phase.borrow() == Phase::Ready;
+    Facts {
+        ready,
+        waiting_for: (!ready).then(|| waiting_for(core)),
+        source: match config.source {
+            config::Source::File(_) => "file",
+            config::Source::Stream(_) => "stream",
+        },
+        connected: core.source.error.is_none() && core.source.last_event.is_some(),
+        age_seconds: core.source.last_event.map(|then| then.elapsed().as_secs_f64()),
+        layers: core.kernel.settings().layers,
+        objects: core.registry.counts(),
+        skipped: core.problems.len(),
+        enrolled: core.kernel.enrolled().len(),
+        failing: core.failing_pods.len(),
+        hooks: core.hooks.iter().map(|hook| (hook.hook.clone(), hook.ok)).collect(),
+        lags: core.lags.clone(),
+        counted: core.counted,
     }
 }
 

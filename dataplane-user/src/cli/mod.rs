@@ -3,6 +3,7 @@
 mod doctor;
 mod endpoints;
 mod events;
+mod rollout;
 mod status;
 mod table;
 
@@ -60,6 +61,14 @@ enum Command {
         #[command(flatten)]
         look: LookArgs,
     },
+    /// Connections that live on another backend than they began with
+    Connections(LookArgs),
+    /// Pods that go: who knew when (deletion, stop signal, listener, control plane), what was rescued
+    #[command(subcommand)]
+    Drain(DrainCommand),
+    /// Rollouts that the agent remembers
+    #[command(subcommand)]
+    Rollout(RolloutCommand),
     /// Check this machine: kernel, BTF, cgroup2, bpffs, capabilities, limits; each lack with its remedy
     #[command(after_help = "Exit status: 0 hitless works here; 1 it does not.")]
     Doctor(LookArgs),
@@ -71,6 +80,24 @@ enum Command {
     /// The child of the agent that proves the hooks
     #[command(hide = true)]
     Canary,
+}
+
+#[derive(Debug, Subcommand)]
+enum DrainCommand {
+    /// Print the drains that are remembered, then each as it comes and changes, until Ctrl-C
+    Watch {
+        /// Only what is remembered
+        #[arg(long)]
+        once: bool,
+        #[command(flatten)]
+        look: LookArgs,
+    },
+}
+
+#[derive(Debug, Subcommand)]
+enum RolloutCommand {
+    /// A table: pods replaced, connections rescued, how late the control plane was, what failed
+    Report(LookArgs),
 }
 
 const RUN_HELP: &str = "\
@@ -147,6 +174,9 @@ pub fn main() -> ExitCode {
         Command::Status(look)
         | Command::Endpoints { look, .. }
         | Command::Events { look, .. }
+        | Command::Connections(look)
+        | Command::Drain(DrainCommand::Watch { look, .. })
+        | Command::Rollout(RolloutCommand::Report(look))
         | Command::Doctor(look)
         | Command::Uninstall(look) => look.output,
         Command::Completions { .. } | Command::Canary => Output::Table,
@@ -174,6 +204,9 @@ fn run(command: Command) -> anyhow::Result<ExitCode> {
         Command::Status(look) => status::run(&look),
         Command::Endpoints { service, look } => endpoints::run(service, &look),
         Command::Events { follow, look } => events::run(follow, &look),
+        Command::Connections(look) => rollout::connections(&look),
+        Command::Drain(DrainCommand::Watch { once, look }) => rollout::watch(!once, &look),
+        Command::Rollout(RolloutCommand::Report(look)) => rollout::report(&look),
         Command::Doctor(look) => doctor::run(&look),
         Command::Uninstall(look) => uninstall(&look),
         Command::Completions { shell } => {

@@ -2,7 +2,10 @@
 
 use std::sync::Arc;
 
-use dataplane_ebpf::abi::Stat;
+use dataplane_ebpf::{
+    abi::{FlowKey, ROLE_FORWARD, Rebind, Stat},
+    health::Health,
+};
 
 use super::{Occupancy, error::Error, maps::Maps, snapshot};
 
@@ -23,5 +26,18 @@ impl Reader {
     /// How full each map is. It walks them: not for hot paths.
     pub fn occupancy(&self) -> Result<Vec<Occupancy>, Error> {
         snapshot::occupancy(&self.0)
+    }
+
+    /// The connections that live on another backend than they began with: what their socket says, and where they are.
+    pub fn flows(&self) -> Result<Vec<(FlowKey, Rebind)>, Error> {
+        let mut flows = self.0.rebinds.entries::<FlowKey, Rebind>()?;
+        flows.retain(|(_, flow)| flow.role == ROLE_FORWARD);
+        Ok(flows)
+    }
+
+    /// Every backend's health word; unused numbers are Gone.
+    pub fn healths(&self) -> impl Iterator<Item = Health> {
+        let words = (1..self.0.health.entries()).filter_map(|id| self.0.health.word(id));
+        words.map(|word| Health(word.load(std::sync::atomic::Ordering::Relaxed)))
     }
 }

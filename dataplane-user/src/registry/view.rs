@@ -11,7 +11,7 @@ use super::{
     change::PodId,
     problem::{Name, backend_name},
 };
-use crate::model::Protocol;
+use crate::{metrics::drains::About, model::Protocol};
 
 /// How much there is of everything.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, serde::Deserialize)]
@@ -141,6 +141,39 @@ impl Registry {
             pod: pod.map(|pod| pod.name.clone()),
             local: physical.value.pod != 0,
         }
+    }
+
+    /// A pod's services and the numbers of its backends.
+    pub fn about_pod(&self, pod: &str) -> About {
+        let mut about = About::default();
+        let Some(&index) = self.pod_index.get(pod) else { return about };
+        for (port, key) in &self.pods[index].objects {
+            let Some(object) = self.ports[*port].objects.get(key) else { continue };
+            if object.backend != 0 && !about.backends.contains(&object.backend) {
+                about.backends.push(object.backend);
+            }
+            let service = self.services[self.ports[*port].service].name.to_string();
+            if !about.services.contains(&service) {
+                about.services.push(service);
+            }
+        }
+        about
+    }
+
+    /// Does the control plane still call a backend of this pod ready?
+    pub fn declared_ready(&self, pod: &str) -> bool {
+        let Some(&index) = self.pod_index.get(pod) else { return false };
+        let mut objects = self.pods[index].objects.iter();
+        objects.any(|(port, key)| {
+            self.ports[*port].objects.get(key).is_some_and(|object| object.ready && !object.terminating)
+        })
+    }
+
+    /// The pod that a backend object names.
+    pub fn pod_of(&self, service: &str, port: &str, address: std::net::IpAddr, target_port: u16) -> Option<Name> {
+        let port = self.port_index(service, port)?;
+        let object = self.ports[port].objects.get(&(address::addr(address), target_port))?;
+        self.pods.get(object.pod).map(|pod| pod.name.clone())
     }
 
     /// The name of a service of the kernel; a gateway group goes by its services.
