@@ -244,7 +244,7 @@ fn an_answer_on_the_stream_means_that_it_is_in_the_maps() {
 
     // Others may speak too, and who leaves takes nothing back.
     let mut other = site.stream();
-    assert_eq!(other.send(&json!({"op": "upsert", "object": backend(5)}).to_string())["ok"], true);
+    assert_eq!(other.send(json!({"op": "upsert", "object": backend(5)}).to_string())["ok"], true);
     drop((stream, other));
     assert_eq!(site.backends().len(), 3);
 

@@ -17,6 +17,7 @@ use dataplane_ebpf::{
     health::{Health, State, TICK_SHIFT, ticks},
 };
 
+#[allow(clippy::all, clippy::allow_attributes_without_reason, reason = "generated")]
 mod generated {
     tonic::include_proto!("hitless.admin.v1");
 }
