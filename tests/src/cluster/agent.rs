@@ -44,6 +44,10 @@ impl Agent {
         all.extend(place.iter().cloned());
         all.extend(["--source".into(), format!("stream:{}", source.display()), "--ready-file".into(), text(&ready)]);
         all.extend(args.iter().map(|arg| (*arg).to_owned()));
+        // What the suites lose without some or all of them.
+        if let Ok(layers) = std::env::var("HITLESS_CLUSTER_LAYERS") {
+            all.extend(["--layers".into(), layers]);
+        }
         let process = node.host_process("hitless", all)?;
         process.wait_for_file(&source)?;
         bridge.connect(node.index, Stream::connect(&source)?)?;

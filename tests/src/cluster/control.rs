@@ -264,6 +264,11 @@ impl ControlPlane {
         stop(&mut self.apiserver)
     }
 
+    /// Nothing follows from anything any more: no replacements, no EndpointSlices.
+    pub fn stop_controllers(&mut self) -> Result<()> {
+        stop(&mut self.controllers)
+    }
+
     /// Another choice of controllers, e.g. `*,-endpointslice-controller`.
     pub fn restart_controllers(&mut self, which: &str) -> Result<()> {
         stop(&mut self.controllers)?;

@@ -11,6 +11,8 @@ pub mod load;
 pub mod node;
 pub mod parts;
 pub mod scene;
+pub mod shared;
+pub mod trouble;
 
 use std::{
     path::Path,
