@@ -170,7 +170,9 @@ impl Node {
     pub fn next_address(&self, address: Ipv4Addr) -> Result<()> {
         let before = Ipv4Addr::from_bits(address.to_bits() - 1);
         let file = self.dir.join("cni-state/networks/pods/last_reserved_ip.0");
-        fs::write(&file, before.to_string()).with_context(|| format!("write {}", file.display()))
+        fs::write(&file, before.to_string()).with_context(|| format!("write {}", file.display()))?;
+        // The node would send to the old pod's MAC address until it doubts it, half a minute later.
+        ip(Some(&self.netns), "neighbor flush dev cni0\n")
     }
 
     pub(super) fn import(&self, tar: &Path) -> Result<()> {
