@@ -40,4 +40,6 @@ fn zsh_and_fish_are_told_of_every_command() {
         assert!(zsh.contains(&format!("'{command}:")), "zsh does not know {command}");
         assert!(fish.contains(&format!("-a \"{command}\"")), "fish does not know {command}");
     }
+    // `canary` is the agent's own.
+    assert!(!zsh.contains("'canary:") && !fish.contains("-a \"canary\""));
 }

@@ -129,7 +129,13 @@ async fn endpoints(core: Shared, service: Option<String>, to: mpsc::Sender<Vec<E
 
 /// Likewise: an object that changes meanwhile is told as it is when its turn comes.
 async fn state(core: Shared, to: mpsc::Sender<Vec<Object>>) {
-    let parts = core.borrow().registry.parts();
+    let mut parts = core.borrow().registry.parts();
+    // Of 100,000 pods this takes longer than an event may wait.
+    let sorted = tokio::task::spawn_blocking(move || {
+        parts.sort_unstable();
+        parts
+    });
+    let Ok(parts) = sorted.await else { return };
     for parts in parts.chunks(SERVICES_AT_A_TIME) {
         let Ok(place) = to.reserve().await else { return };
         let core = core.borrow();

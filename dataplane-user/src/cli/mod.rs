@@ -250,11 +250,18 @@ fn run(command: Command, matches: &ArgMatches) -> anyhow::Result<ExitCode> {
         Command::Doctor(look) => doctor::run(&look),
         Command::Uninstall(look) => uninstall(&look),
         Command::Completions { shell } => {
-            clap_complete::generate(shell, &mut Cli::command(), "hitless", &mut std::io::stdout());
+            clap_complete::generate(shell, &mut for_people(), "hitless", &mut std::io::stdout());
             Ok(ExitCode::SUCCESS)
         }
         Command::Canary => Ok(kernel::canary::serve().map(|()| ExitCode::SUCCESS)?),
     }
+}
+
+/// The commands without the hidden ones, which completions would offer.
+fn for_people() -> clap::Command {
+    let all = Cli::command();
+    let shown: Vec<_> = all.get_subcommands().filter(|command| !command.is_hide_set()).cloned().collect();
+    clap::Command::new("hitless").version(env!("CARGO_PKG_VERSION")).subcommands(shown)
 }
 
 /// Where the options of `run` were set.

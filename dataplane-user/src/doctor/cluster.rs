@@ -47,19 +47,19 @@ pub fn processes() -> Check {
 fn judge_processes(seen: &Processes) -> Check {
     const NAME: &str = "processes";
     let there = format!("{} in {} network namespaces", seen.all, seen.network_namespaces);
+    if seen.pid_namespace == FIRST_PID_NS {
+        return Check::ok(NAME, format!("all of the machine: {there}"));
+    }
     let first = match &seen.first_mount_namespace {
         Ok(first) => first,
         Err(error) => {
             return Check::warn(
                 NAME,
-                format!("/proc/1/ns: {error}"),
+                format!("whose they are can't be told (/proc/1/ns/mnt: {error}): {there}"),
                 "run as root with CAP_SYS_PTRACE (privileged: true): pods' namespaces are found through /proc",
             );
         }
     };
-    if seen.pid_namespace == FIRST_PID_NS {
-        return Check::ok(NAME, format!("all of the machine: {there}"));
-    }
     // In a container of one's own process 1 is of that container, with its mounts; with hostPID it is the node's.
     if *first != seen.mount_namespace {
         return Check::ok(
@@ -220,7 +220,7 @@ mod tests {
         let own = judge("pid:[5]", "mnt:[2]", "mnt:[2]");
         assert_eq!(own.status, Status::Warn);
         assert!(own.remedy.is_some_and(|remedy| remedy.contains("hostPID: true")));
-        let shut = Processes { first_mount_namespace: Err("EACCES".into()), ..seen(FIRST_PID_NS, "", "") };
+        let shut = Processes { first_mount_namespace: Err("EACCES".into()), ..seen("pid:[5]", "", "") };
         assert!(judge_processes(&shut).remedy.is_some_and(|remedy| remedy.contains("CAP_SYS_PTRACE")));
     }
 

@@ -12,7 +12,7 @@ use nix::sys::signal::Signal;
 use super::{Registry, address, problem::Name};
 use crate::model::{Backend, Node, Object, Pod, Service, ServicePort};
 
-/// What can be told at a time.
+/// What can be told at a time; by kind and name in their order.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Part {
     /// A service and the backends that name it, whether it is declared or not.
@@ -22,13 +22,11 @@ pub enum Part {
 }
 
 impl Registry {
-    /// All there is to tell: services, pods and nodes, each by name.
+    /// All there is to tell: services, pods and nodes, in no order.
     pub fn parts(&self) -> Vec<Part> {
         let services = self.service_index.keys().cloned().map(Part::Service);
         let pods = self.pods.iter().filter(|(_, pod)| pod.declared).map(|(_, pod)| Part::Pod(pod.name.clone()));
-        let mut parts: Vec<_> = services.chain(pods).chain(self.nodes.keys().cloned().map(Part::Node)).collect();
-        parts.sort_unstable();
-        parts
+        services.chain(pods).chain(self.nodes.keys().cloned().map(Part::Node)).collect()
     }
 
     /// The objects of a part as they are now; none when it has gone.

@@ -288,7 +288,9 @@ impl Node {
 
 /// All that the registry tells.
 fn dump(registry: &Registry) -> Snapshot {
-    registry.parts().iter().flat_map(|part| registry.told(part)).collect()
+    let mut parts = registry.parts();
+    parts.sort_unstable();
+    parts.iter().flat_map(|part| registry.told(part)).collect()
 }
 
 fn names(kind: &'static str, count: u8) -> impl Strategy<Value = Arc<str>> {

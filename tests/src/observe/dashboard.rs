@@ -58,6 +58,7 @@ pub struct Target {
     pub ref_id: String,
     pub datasource: Source,
     pub expr: String,
+    pub legend_format: String,
 }
 
 impl Dashboard {
@@ -65,14 +66,17 @@ impl Dashboard {
         serde_json::from_str(text)
     }
 
-    /// Each panel's queries, with its title, as Grafana would send them when everything is chosen.
-    pub fn queries(&self) -> impl Iterator<Item = (&str, String)> {
-        self.panels.iter().flat_map(|panel| panel.targets.iter().map(|target| (&*panel.title, chosen(&target.expr))))
+    /// Each panel's queries, with its title.
+    pub fn queries(&self) -> impl Iterator<Item = (&str, &Target)> {
+        self.panels.iter().flat_map(|panel| panel.targets.iter().map(|target| (&*panel.title, target)))
     }
 }
 
-fn chosen(expression: &str) -> String {
-    expression.replace("$__rate_interval", "10s").replace("$job", ".*").replace("$instance", ".*")
+impl Target {
+    /// The query as Grafana would send it when everything is chosen.
+    pub fn query(&self) -> String {
+        self.expr.replace("$__rate_interval", "10s").replace("$job", ".*").replace("$instance", ".*")
+    }
 }
 
 #[cfg(test)]
@@ -100,7 +104,7 @@ mod tests {
             assert_eq!(ids.len(), panel.targets.len(), "{}: two queries of one name", panel.title);
             assert!(panel.targets.iter().all(|target| target.datasource == chosen), "{}", panel.title);
         }
-        assert!(dashboard.queries().all(|(_, query)| !query.contains('$')), "a variable that nobody defines");
+        assert!(dashboard.queries().all(|(_, target)| !target.query().contains('$')), "a variable that nobody defines");
     }
 
     #[test]
