@@ -11,9 +11,11 @@ use tonic::{
 };
 
 use super::protocol::{
-    Connection, Drain, EndpointRow, EventRow, GetStatusRequest, ListConnectionsRequest, ListDrainsRequest,
-    ListEndpointsRequest, Status, WatchEventsRequest, admin_client::AdminClient,
+    Connection, Drain, DumpStateRequest, EndpointRow, EventRow, GetConfigRequest, GetStatusRequest,
+    ListConnectionsRequest, ListDrainsRequest, ListEndpointsRequest, Setting, Status, WatchEventsRequest,
+    admin_client::AdminClient,
 };
+use crate::model::{Object, Snapshot};
 
 /// No agent answers at the socket.
 #[derive(Debug, thiserror::Error)]
@@ -88,6 +90,22 @@ impl Client {
             Ok(true)
         })?;
         Ok(rows)
+    }
+
+    /// Every option in force.
+    pub fn config(&mut self) -> anyhow::Result<Vec<Setting>> {
+        Ok(one(&self.runtime, self.admin.get_config(GetConfigRequest {}))?.settings)
+    }
+
+    /// The desired state as the agent holds it.
+    pub fn state(&mut self) -> anyhow::Result<Snapshot> {
+        let mut objects = Vec::new();
+        each(&self.runtime, self.admin.dump_state(DumpStateRequest {}), |object| {
+            let parsed = serde_json::from_str::<Object>(&object.json);
+            objects.push(parsed.with_context(|| format!("the agent told of {}: another version?", object.json))?);
+            Ok(true)
+        })?;
+        Ok(objects.into_iter().collect())
     }
 
     /// Reads events until the agent or `take` ends it (by `Ok(false)`).
