@@ -38,7 +38,7 @@ pub fn run(workspace: &Workspace, options: &Options) -> Result<()> {
     }
     let helm = helm::helm(workspace)?;
     lint(&helm, &chart, None)?;
-    for values in variants(&chart)? {
+    for values in variants(workspace, &chart)? {
         lint(&helm, &chart, Some(&values))?;
         render(&helm, &chart, KUBERNETES, Some(&values))?;
         render(&helm, &chart, OLDEST, Some(&values))?;
@@ -98,7 +98,7 @@ const KUBERNETES_S: [&str; 6] =
     ["initialDelaySeconds", "periodSeconds", "timeoutSeconds", "failureThreshold", "cpu", "memory"];
 
 /// Values besides the defaults.
-fn variants(chart: &Path) -> Result<Vec<PathBuf>> {
+fn variants(workspace: &Workspace, chart: &Path) -> Result<Vec<PathBuf>> {
     let dir = chart.join("ci");
     let entries = fs::read_dir(&dir).with_context(|| format!("cannot read {}", dir.display()))?;
     let mut files: Vec<_> = entries.flatten().map(|entry| entry.path()).collect();
@@ -106,6 +106,7 @@ fn variants(chart: &Path) -> Result<Vec<PathBuf>> {
     if files.is_empty() {
         bail!("{} has no values to try", dir.display());
     }
+    files.push(workspace.root.join("tests/kind/values.yaml"));
     Ok(files)
 }
 
@@ -141,6 +142,7 @@ fn with(command: &mut Command, values: Option<&Path>) {
 mod tests {
     use std::collections::BTreeSet;
 
+    use serde::Deserialize;
     use serde_json::{Value, json};
 
     use super::*;
@@ -198,5 +200,66 @@ mod tests {
     fn a_value_without_a_comment_is_found() {
         let values = "# said\na: 1\nb: 2\nc: 3 # said\n# said\nd:\n  e: 1\n  f: 2\n  # said\n  g: 3\nh:\n  i: 4\n";
         assert_eq!(uncommented(values), ["b", "f", "i"]);
+    }
+
+    /// kind.x-k8s.io/v1alpha4, as much of it as is used.
+    #[derive(Deserialize)]
+    #[serde(deny_unknown_fields, rename_all = "camelCase")]
+    struct KindCluster {
+        kind: String,
+        api_version: String,
+        name: String,
+        #[serde(default, rename = "networking")]
+        _networking: KindNetworking,
+        nodes: Vec<KindNode>,
+    }
+
+    #[derive(Default, Deserialize)]
+    #[serde(default, deny_unknown_fields, rename_all = "camelCase")]
+    struct KindNetworking {
+        #[serde(rename = "ipFamily")]
+        _ip_family: Option<KindFamily>,
+        #[serde(rename = "kubeProxyMode")]
+        _kube_proxy_mode: Option<KindProxy>,
+    }
+
+    #[derive(Deserialize)]
+    #[serde(rename_all = "lowercase")]
+    enum KindFamily {
+        Dual,
+    }
+
+    #[derive(Deserialize)]
+    #[serde(rename_all = "lowercase")]
+    enum KindProxy {
+        Ipvs,
+        Nftables,
+    }
+
+    #[derive(Deserialize)]
+    #[serde(deny_unknown_fields)]
+    struct KindNode {
+        role: KindRole,
+    }
+
+    #[derive(Clone, Copy, Deserialize, PartialEq, Eq)]
+    #[serde(rename_all = "kebab-case")]
+    enum KindRole {
+        ControlPlane,
+        Worker,
+    }
+
+    /// No Docker where the tests run: kind itself never reads these here.
+    #[test]
+    fn kinds_clusters_are_such_and_have_two_workers() {
+        let dir = Path::new(env!("CARGO_MANIFEST_DIR")).join("../tests/kind");
+        for name in ["cluster.yaml", "dual-stack.yaml", "ipvs.yaml", "nftables.yaml"] {
+            let text = fs::read_to_string(dir.join(name)).unwrap();
+            let cluster: KindCluster = serde_saphyr::from_str(&text).unwrap_or_else(|error| panic!("{name}: {error}"));
+            assert_eq!((&*cluster.kind, &*cluster.api_version), ("Cluster", "kind.x-k8s.io/v1alpha4"), "{name}");
+            assert_eq!(cluster.name, "hitless", "{name}: tests/kind/run names it so");
+            let workers = cluster.nodes.iter().filter(|node| node.role == KindRole::Worker).count();
+            assert_eq!((workers, cluster.nodes.len()), (2, 3), "{name}");
+        }
     }
 }

@@ -53,7 +53,7 @@ pub fn run(workspace: &Workspace, options: &Options) -> Result<()> {
 
 /// The static release binary for this machine's architecture, without symbols and without this machine's paths.
 fn build(workspace: &Workspace) -> Result<PathBuf> {
-    ebpf::build(workspace, false)?;
+    let object = ebpf::build(workspace, false)?;
     // glibc can be linked statically as it is: no toolchain beyond the one that is there.
     let target = format!("{}-unknown-linux-gnu", env::consts::ARCH);
     let mut flags = vec!["-C".to_owned(), "target-feature=+crt-static".to_owned()];
@@ -68,6 +68,8 @@ fn build(workspace: &Workspace) -> Result<PathBuf> {
     let mut command = Command::new(cargo());
     command
         .current_dir(&workspace.root)
+        // With an explicit target the build script would look below that target's directory.
+        .env("HITLESS_BPF_OBJECT", object)
         .env("CARGO_ENCODED_RUSTFLAGS", flags.join("\u{1f}"))
         .env("CARGO_PROFILE_RELEASE_STRIP", "symbols")
         .env("CARGO_PROFILE_RELEASE_DEBUG", "none")
