@@ -3,7 +3,10 @@
 use std::{
     fs,
     io::{BufRead, BufReader, Write},
-    os::unix::{fs::symlink, net::UnixStream},
+    os::unix::{
+        fs::{PermissionsExt as _, symlink},
+        net::UnixStream,
+    },
     path::{Path, PathBuf},
     process::{Child, Command, Output, Stdio},
     thread::sleep,
@@ -404,6 +407,8 @@ fn lacks(site: &Site, source: &str, capabilities: &[String]) -> Option<String> {
 #[test]
 fn the_capabilities_of_the_chart_are_enough_and_each_is_needed() {
     let site = Site::new("capabilities");
+    // As the root of the hierarchy is, where a cluster's agents are.
+    fs::set_permissions(&site.cgroup, fs::Permissions::from_mode(0o555)).expect("it is ours");
     let pod = Agent(Command::new("unshare").args(["--net", "sleep", "300"]).spawn().expect("unshare is there"));
     let netns = |pid: &str| fs::read_link(format!("/proc/{pid}/ns/net")).expect("readable");
     site.wait("network namespace", || netns(&pod.0.id().to_string()) != netns("self"));
