@@ -88,6 +88,10 @@ async fn serve(config: Config) -> anyhow::Result<()> {
             let listener = source::stream::listen(path)?;
             spawn(&mut tasks, "stream source", source::stream::serve(listener, core.clone()));
         }
+        Source::Kube => {
+            let client = source::kube::client(&config.kube).await?;
+            spawn(&mut tasks, "kube source", source::kube::serve(client, config.kube.clone(), core.clone()));
+        }
     }
     spawn(&mut tasks, "event ring", signal::watch(events, core.clone()));
     let admin_socket = admin::socket(&config.state_dir);

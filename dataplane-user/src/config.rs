@@ -18,16 +18,27 @@ use crate::{
         canary::{RESERVED_BACKENDS, RESERVED_SERVICES},
     },
     registry::Limits,
+    source,
 };
 
 /// Everything that can be set. Unset fields take what the next source says.
 #[derive(Args, Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case", deny_unknown_fields, default)]
 pub struct Options {
-    /// Where services, backends and pods come from: file:PATH (YAML, or JSON if it ends in .json;
-    /// watched) or stream:PATH (a Unix socket to be made; newline-delimited JSON events)
+    /// Where services, backends and pods come from: kube (the Kubernetes API), file:PATH (YAML, or
+    /// JSON if it ends in .json; watched) or stream:PATH (a Unix socket to be made; newline-delimited
+    /// JSON events)
     #[arg(long, env = "HITLESS_SOURCE", value_name = "SOURCE")]
     pub source: Option<Source>,
+
+    /// With the kube source: this node's name in the API [default: the host's name]
+    #[arg(long, env = "HITLESS_NODE_NAME", value_name = "NAME")]
+    pub node_name: Option<String>,
+
+    /// With the kube source: credentials and address of the API server [default: the pod's service
+    /// account, else KUBECONFIG, else ~/.kube/config]
+    #[arg(long, env = "HITLESS_KUBECONFIG", value_name = "FILE")]
+    pub kubeconfig: Option<PathBuf>,
 
     #[command(flatten)]
     #[serde(flatten)]
@@ -135,6 +146,7 @@ pub struct Place {
 #[derive(Clone, Debug)]
 pub struct Config {
     pub source: Source,
+    pub kube: source::kube::Settings,
     pub state_dir: PathBuf,
     pub kernel: kernel::Config,
     pub host: bool,
@@ -188,6 +200,8 @@ impl Options {
         }
         all!(
             source,
+            node_name,
+            kubeconfig,
             host,
             layers,
             syn_timeout,
@@ -224,7 +238,7 @@ impl Options {
         self.check_ranges()?;
         let Some(source) = self.source else {
             bail!(
-                "source is not set: give --source file:PATH or --source stream:PATH (`hitless run --help` shows both)"
+                "source is not set: give --source kube, file:PATH or stream:PATH (`hitless run --help` explains them)"
             )
         };
         let mut kernel = self.place.kernel();
@@ -252,8 +266,14 @@ impl Options {
             TcxUse::Auto => Tcx::Auto,
             TcxUse::Off => Tcx::Off,
         };
+        let node = self.node_name.unwrap_or_else(|| {
+            nix::unistd::gethostname().map(|name| name.to_string_lossy().into_owned()).unwrap_or_default()
+        });
+        // Who runs in a cluster is watched over there.
+        let unset = if source == Source::Kube { Some(CLUSTER_METRICS) } else { None };
         Ok(Config {
             source,
+            kube: source::kube::Settings { kubeconfig: self.kubeconfig, node },
             state_dir: self.place.state_dir(),
             kernel,
             host: self.host.unwrap_or(false),
@@ -261,7 +281,7 @@ impl Options {
             canary: self.canary.unwrap_or_default() == Switch::On,
             on_exit: self.on_exit.unwrap_or_default(),
             ready_file: self.ready_file,
-            metrics: self.metrics_address.and_then(|address| address.0),
+            metrics: self.metrics_address.map_or(unset, |address| address.0),
             log_format: self.log_format.unwrap_or_default(),
             log_level: self.log_level.unwrap_or_else(|| "info".into()),
         })
@@ -325,9 +345,14 @@ macro_rules! by_text {
 
 by_text!(Source, Layers, Span, Mark, MetricsAddress);
 
+/// Where metrics are served by default with the kube source.
+const CLUSTER_METRICS: std::net::SocketAddr =
+    std::net::SocketAddr::new(std::net::IpAddr::V6(std::net::Ipv6Addr::UNSPECIFIED), 15084);
+
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(try_from = "String", into = "String")]
 pub enum Source {
+    Kube,
     File(PathBuf),
     Stream(PathBuf),
 }
@@ -336,10 +361,13 @@ impl FromStr for Source {
     type Err = String;
 
     fn from_str(text: &str) -> Result<Self, String> {
+        if text == "kube" {
+            return Ok(Self::Kube);
+        }
         match text.split_once(':') {
             Some(("file", path)) if !path.is_empty() => Ok(Self::File(path.into())),
             Some(("stream", path)) if !path.is_empty() => Ok(Self::Stream(path.into())),
-            _ => Err(format!("{text:?} is no source; allowed are file:PATH and stream:PATH")),
+            _ => Err(format!("{text:?} is no source; allowed are kube, file:PATH and stream:PATH")),
         }
     }
 }
@@ -347,6 +375,7 @@ impl FromStr for Source {
 impl fmt::Display for Source {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
+            Self::Kube => f.write_str("kube"),
             Self::File(path) => write!(f, "file:{}", path.display()),
             Self::Stream(path) => write!(f, "stream:{}", path.display()),
         }
@@ -550,6 +579,8 @@ mod tests {
 
     const FILE: &str = "
 source: file:/etc/hitless/services.yaml
+node-name: node-1
+kubeconfig: /etc/hitless/kubeconfig
 state-dir: /run/x
 cgroup: /sys/fs/cgroup/x
 bpffs: /sys/fs/bpf
@@ -609,7 +640,10 @@ log-level: debug
                 "layers: l4",
                 "1:9: field layers: \"l4\" is no layer; allowed are l1, l2, l3 (joined by commas), all and none",
             ),
-            ("source: nfs:/x", "1:9: field source: \"nfs:/x\" is no source; allowed are file:PATH and stream:PATH"),
+            (
+                "source: nfs:/x",
+                "1:9: field source: \"nfs:/x\" is no source; allowed are kube, file:PATH and stream:PATH",
+            ),
             ("a: 1", "1:1: unknown field `a`"),
             ("syn-timeout: fast", "1:14: field syn-timeout: \"fast\" is no duration"),
         ];

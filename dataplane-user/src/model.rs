@@ -66,7 +66,7 @@ pub enum Protocol {
     Udp,
 }
 
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, rename_all = "camelCase")]
 pub struct Service {
     /// namespace/name
@@ -81,9 +81,12 @@ pub struct Service {
     /// Headless: connections are never moved.
     #[serde(default)]
     pub headless: bool,
+    /// This node's addresses, where the ports' `nodePort` are served.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub node_addresses: Vec<IpAddr>,
 }
 
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, rename_all = "camelCase")]
 pub struct ServicePort {
     /// May be empty when the service has one port.
@@ -92,6 +95,9 @@ pub struct ServicePort {
     pub port: u16,
     #[serde(default)]
     pub protocol: Protocol,
+    /// Its number at the service's `nodeAddresses` (NodePort).
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub node_port: Option<u16>,
 }
 
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]

@@ -19,6 +19,7 @@ use dataplane_user::{
     kernel::{self, Config, Error, Kernel, Opened},
     registry::{Seed, change::Change},
 };
+use hitless_tests::cluster::parts::needs;
 use nix::mount::{MntFlags, MsFlags, mount, umount2};
 
 /// A BPF file system and a cgroup that go with the test.
@@ -308,6 +309,7 @@ fn ended_flows_are_swept_and_the_count_of_moved_flows_is_corrected() {
 
 /// bpftool's word on what is attached to a cgroup.
 fn attached_to(cgroup: &Path) -> String {
+    needs(&["bpftool"], "bpftool").expect("the package");
     let shown = Command::new("bpftool").args(["--json", "cgroup", "show"]).arg(cgroup).output().expect("bpftool");
     String::from_utf8(shown.stdout).expect("JSON").trim().to_owned()
 }

@@ -128,7 +128,7 @@ fn explain(status: tonic::Status) -> anyhow::Error {
     match status.code() {
         Code::Unimplemented => anyhow!("the agent is of another version and does not know this request: upgrade it"),
         // What the transport says of itself ("transport error") helps nobody.
-        Code::Unknown | Code::Cancelled | Code::Internal => {
+        Code::Unknown | Code::Cancelled | Code::Internal | Code::Unavailable => {
             anyhow!("the agent left while it answered ({})", status.message())
         }
         _ => anyhow!("the agent says: {}", status.message()),

@@ -256,6 +256,28 @@ impl Core {
         }
     }
 
+    /// The source is there, and has told all it has to tell; `whole`: every part of it.
+    pub fn source_confirmed(&mut self, whole: bool) {
+        self.source.last_event = Some(Instant::now());
+        if whole && self.source.error.take().is_some() {
+            info!("the source answers again");
+        }
+    }
+
+    /// Objects that the source itself could not use.
+    pub fn skipped(&mut self, objects: impl Iterator<Item = (String, String)>) {
+        let problems: Vec<_> = objects.map(|(object, reason)| Problem { object, reason }).collect();
+        self.counted.skipped += problems.len() as u64;
+        self.note(&problems, false, None);
+    }
+
+    /// An object of the source is another now: what was wrong with the former is of no interest.
+    pub fn mended(&mut self, object: impl FnOnce() -> String) {
+        if !self.problems.is_empty() {
+            self.problems.remove(&object());
+        }
+    }
+
     /// A job in a pod's network namespace ended.
     pub fn complete(&mut self, outcome: Outcome) {
         for notice in self.kernel.complete(outcome) {

@@ -71,6 +71,7 @@ fn facts(core: &Core, config: &Config) -> Facts {
         source: match config.source {
             config::Source::File(_) => "file",
             config::Source::Stream(_) => "stream",
+            config::Source::Kube => "kube",
         },
         connected: core.source.error.is_none() && core.source.last_event.is_some(),
         age_seconds: core.source.last_event.map(|then| then.elapsed().as_secs_f64()),

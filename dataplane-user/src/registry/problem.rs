@@ -52,6 +52,9 @@ pub fn check_service(service: &Service) -> Result<(), String> {
         if port.port == 0 {
             return Err(format!("port {:?} has number 0; ports are 1..=65535", port.name));
         }
+        if port.node_port == Some(0) {
+            return Err(format!("port {:?} has nodePort 0; ports are 1..=65535, and no nodePort is none", port.name));
+        }
         for other in &service.ports[..i] {
             if other.name == port.name {
                 return Err(format!("two ports are named {:?}", port.name));
@@ -60,6 +63,9 @@ pub fn check_service(service: &Service) -> Result<(), String> {
                 return Err(format!("ports {:?} and {:?} have the same number {}", other.name, port.name, port.port));
             }
         }
+    }
+    for address in &service.node_addresses {
+        check_address(*address)?;
     }
     for (i, address) in service.addresses.iter().enumerate() {
         check_address(*address)?;

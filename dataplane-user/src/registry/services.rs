@@ -20,6 +20,7 @@ pub(super) struct Service {
     pub name: Name,
     pub declared: bool,
     pub addresses: Vec<IpAddr>,
+    pub node_addresses: Vec<IpAddr>,
     pub affinity_s: u32,
     pub headless: bool,
     pub ports: Vec<Index>,
@@ -33,6 +34,7 @@ pub(super) struct Port {
     pub service: Index,
     pub name: Name,
     pub declared: Option<(u16, Protocol)>,
+    pub node_port: Option<u16>,
     /// By [`Family`]; 0 is none.
     pub ids: [ServiceId; 2],
     /// How many objects are in force, by family.
@@ -62,6 +64,7 @@ impl Registry {
         record.declared = true;
         record.seen = self.epoch;
         record.addresses = new.addresses.iter().map(IpAddr::to_canonical).collect();
+        record.node_addresses = new.node_addresses.iter().map(IpAddr::to_canonical).collect();
         record.affinity_s = new.affinity_seconds;
         let pinning = std::mem::replace(&mut record.headless, new.headless) != new.headless;
 
@@ -83,6 +86,7 @@ impl Registry {
         for wanted in &new.ports {
             let port = self.port_of(index, &wanted.name);
             self.ports[port].declared = Some((wanted.port, wanted.protocol));
+            self.ports[port].node_port = wanted.node_port;
         }
 
         let after: HashSet<_> = self.frontends_of(index).into_iter().collect();
@@ -133,6 +137,7 @@ impl Registry {
         let record = &mut self.services[index];
         record.declared = false;
         record.addresses.clear();
+        record.node_addresses.clear();
         for port in self.services[index].ports.clone() {
             self.detach_all(port, |_| true);
             self.ports[port].declared = None;
@@ -237,12 +242,18 @@ impl Registry {
         if !service.declared {
             return Vec::new();
         }
-        let declared = service.ports.iter().filter_map(|&port| Some((port, self.ports[port].declared?)));
-        declared
-            .flat_map(|(port, (number, protocol))| {
-                service.addresses.iter().map(move |&ip| (port, address::endpoint(ip, number, protocol)))
-            })
-            .collect()
+        // A family that the service itself has not is not served at the node either.
+        let at_node: Vec<_> =
+            service.node_addresses.iter().filter(|&&ip| service.has_address(Family::of(&address::addr(ip)))).collect();
+        let mut found = Vec::new();
+        for &port in &service.ports {
+            let Some((number, protocol)) = self.ports[port].declared else { continue };
+            found.extend(service.addresses.iter().map(|&ip| (port, address::endpoint(ip, number, protocol))));
+            if let Some(number) = self.ports[port].node_port {
+                found.extend(at_node.iter().map(|&&ip| (port, address::endpoint(ip, number, protocol))));
+            }
+        }
+        found
     }
 
     fn claimed(&self, (port, at): &(Index, Endpoint)) -> bool {
@@ -310,6 +321,7 @@ impl Registry {
             name: name.clone(),
             declared: false,
             addresses: Vec::new(),
+            node_addresses: Vec::new(),
             affinity_s: 0,
             headless: false,
             ports: Vec::new(),
@@ -332,6 +344,7 @@ impl Registry {
             service,
             name: name.clone(),
             declared: None,
+            node_port: None,
             ids: [0; 2],
             attached: [0; 2],
             objects: HashMap::default(),

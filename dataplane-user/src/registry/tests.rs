@@ -314,13 +314,14 @@ fn service() -> impl Strategy<Value = model::Service> {
             ports: ports
                 .into_iter()
                 .map(|n| match n {
-                    0 => ServicePort { name: "".into(), port: 80, protocol: Protocol::Tcp },
-                    1 => ServicePort { name: "b".into(), port: 81, protocol: Protocol::Tcp },
-                    _ => ServicePort { name: "b".into(), port: 81, protocol: Protocol::Udp },
+                    0 => ServicePort { name: "".into(), port: 80, protocol: Protocol::Tcp, node_port: Some(30_080) },
+                    1 => ServicePort { name: "b".into(), port: 81, protocol: Protocol::Tcp, node_port: None },
+                    _ => ServicePort { name: "b".into(), port: 81, protocol: Protocol::Udp, node_port: None },
                 })
                 .collect(),
             affinity_seconds: affinity,
             headless,
+            node_addresses: vec!["192.0.2.1".parse().unwrap()],
         },
     )
 }
@@ -454,9 +455,10 @@ fn web(addresses: &[&str]) -> model::Service {
     model::Service {
         name: "shop/web".into(),
         addresses: addresses.iter().map(|text| text.parse().unwrap()).collect(),
-        ports: vec![ServicePort { name: "".into(), port: 80, protocol: Protocol::Tcp }],
+        ports: vec![ServicePort { name: "".into(), port: 80, protocol: Protocol::Tcp, node_port: None }],
         affinity_seconds: 0,
         headless: false,
+        ..model::Service::default()
     }
 }
 

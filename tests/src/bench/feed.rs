@@ -85,8 +85,8 @@ pub fn delete(backend: &Backend) -> Event {
 
 /// A service of one TCP port.
 pub fn service(name: &str, address: IpAddr, port: u16) -> Service {
-    let ports = vec![ServicePort { name: "".into(), port, protocol: Default::default() }];
-    Service { name: name.into(), addresses: vec![address], ports, affinity_seconds: 0, headless: false }
+    let ports = vec![ServicePort { name: "".into(), port, protocol: Default::default(), node_port: None }];
+    Service { name: name.into(), addresses: vec![address], ports, ..Service::default() }
 }
 
 pub fn backend(service: &str, address: IpAddr, target_port: u16) -> Backend {

@@ -212,6 +212,7 @@ fn service(object: &Value) -> model::Service {
         name: text(&port["name"]).into(),
         port: port["port"].as_u64().and_then(|port| port.try_into().ok()).unwrap_or_default(),
         protocol: if port["protocol"] == "UDP" { model::Protocol::Udp } else { model::Protocol::Tcp },
+        node_port: None,
     });
     model::Service {
         name: name_of(object).into(),
@@ -219,6 +220,7 @@ fn service(object: &Value) -> model::Service {
         affinity_seconds: 0,
         headless: addresses.is_empty(),
         addresses,
+        ..model::Service::default()
     }
 }
 

@@ -257,8 +257,9 @@ pub fn tcp_service(name: &str, addresses: &[IpAddr], port: u16) -> model::Servic
     model::Service {
         name: name.into(),
         addresses: addresses.to_vec(),
-        ports: vec![model::ServicePort { name: "".into(), port, protocol: model::Protocol::Tcp }],
+        ports: vec![model::ServicePort { name: "".into(), port, protocol: model::Protocol::Tcp, node_port: None }],
         affinity_seconds: 0,
         headless: false,
+        ..model::Service::default()
     }
 }

@@ -158,7 +158,7 @@ pub fn start_server(pod: &Pod, name: &str) -> Result<Process> {
 
 /// The n-th service of the lab: port 7, TCP and UDP, on an address of either family.
 pub fn service(name: &str, n: u16) -> Service {
-    let port = |name: &str, protocol| ServicePort { name: name.into(), port: PORT, protocol };
+    let port = |name: &str, protocol| ServicePort { name: name.into(), port: PORT, protocol, node_port: None };
     let addresses: Vec<IpAddr> = Family::BOTH.map(|family| net::service_address(family, n)).into();
     Service {
         name: name.into(),
@@ -166,6 +166,7 @@ pub fn service(name: &str, n: u16) -> Service {
         ports: vec![port("tcp", Protocol::Tcp), port("udp", Protocol::Udp)],
         affinity_seconds: 0,
         headless: false,
+        ..Service::default()
     }
 }
 

@@ -4,9 +4,12 @@ use std::{io::ErrorKind, process::Command, time::Duration};
 
 use dataplane_ebpf::abi::{SERVICE_PINNED, Service, Stat};
 use dataplane_user::registry::change::Change;
-use hitless_tests::lab::{
-    Topology,
-    net::{Family, ip},
+use hitless_tests::{
+    cluster::parts::needs,
+    lab::{
+        Topology,
+        net::{Family, ip},
+    },
 };
 
 use crate::bench::{Bench, HOST, Server, connect_from, exchange, hear, service_id, timed};
@@ -33,6 +36,7 @@ fn a_refused_connect_ends_on_another_backend_without_the_application_noticing() 
 /// shows whether what is left in the packet is right.
 #[test]
 fn checksums_are_right_whoever_finishes_them() {
+    needs(&["ethtool"], "ethtool").expect("the package");
     for (client_finishes, peers_finish) in [(true, false), (false, true), (true, true)] {
         let bench = Bench::new(Topology::Bridge, &[1, 1]);
         let _live = Server::start(&bench.backends[1], b'b');

@@ -1,0 +1,328 @@
+//! The Kubernetes API: pods, services, EndpointSlices, namespaces and this node, watched.
+//!
+//! Pods of this node are a watch of their own beside that of all others: a short one, whose words do not queue behind
+//! the cluster's. Everything runs on the agent's thread, from the socket to the map.
+
+pub mod find;
+pub mod object;
+pub mod watch;
+pub mod world;
+
+use std::{
+    cell::{Cell, RefCell},
+    collections::{BTreeMap, BTreeSet, HashSet},
+    path::{Path, PathBuf},
+    rc::Rc,
+    time::Duration,
+};
+
+use anyhow::Context as _;
+use kube::{
+    Client, Config,
+    config::{KubeConfigOptions, Kubeconfig},
+};
+use tokio::{sync::Notify, task::JoinSet};
+use tracing::{debug, info, warn};
+
+use self::{
+    object::{EndpointSlice, Namespace, Node, Object, Pod, Service},
+    watch::{Failure, Word, follow},
+    world::{Name, Scope, World},
+};
+use crate::{agent::core::Shared, kernel::monotonic_ns, model::Event};
+
+/// How soon a pod that was not found is looked for again, doubling between these.
+const FIND_AGAIN: [Duration; 2] = [Duration::from_millis(25), Duration::from_secs(2)];
+/// How often it is seen to that the processes by which pods were found still live.
+const LOOK: Duration = Duration::from_secs(1);
+
+/// What the source needs to know.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Settings {
+    /// None: as a pod of the cluster, else `KUBECONFIG`, else `~/.kube/config`.
+    pub kubeconfig: Option<PathBuf>,
+    /// This node's name in the API.
+    pub node: String,
+}
+
+/// Reads the credentials; nothing is asked yet.
+pub async fn client(settings: &Settings) -> anyhow::Result<Client> {
+    let config = match &settings.kubeconfig {
+        Some(path) => from_file(path).await?,
+        None => Config::infer().await.context(
+            "no way to the Kubernetes API: neither a pod's service account nor a kubeconfig was found; give --kubeconfig",
+        )?,
+    };
+    let url = config.cluster_url.clone();
+    let client = Client::try_from(config).with_context(|| format!("no client for the API server {url}"))?;
+    info!(%url, node = settings.node, "following the Kubernetes API");
+    Ok(client)
+}
+
+async fn from_file(path: &Path) -> anyhow::Result<Config> {
+    let read = Kubeconfig::read_from(path).with_context(|| format!("kubeconfig {}: cannot be read", path.display()))?;
+    Config::from_custom_kubeconfig(read, &KubeConfigOptions::default())
+        .await
+        .with_context(|| format!("kubeconfig {}: has no usable context", path.display()))
+}
+
+/// Follows the API for as long as the agent runs.
+pub async fn serve(client: Client, settings: Settings, core: Shared) -> std::io::Result<()> {
+    let here = format!("spec.nodeName={}", settings.node);
+    let others = format!("spec.nodeName!={}", settings.node);
+    let this_node = format!("metadata.name={}", settings.node);
+    let source = Rc::new(Source {
+        world: RefCell::new(World::new(&settings.node)),
+        core,
+        failures: RefCell::default(),
+        listed: RefCell::default(),
+        live: Cell::new(false),
+        pods_changed: Notify::new(),
+        settings,
+    });
+
+    let mut tasks = JoinSet::new();
+    let follow_pods = |tasks: &mut JoinSet<()>, scope, fields| {
+        let source = source.clone();
+        tasks.spawn_local(follow::<Pod>(client.clone(), fields, move |word, at| source.pods(scope, word, at)));
+    };
+    follow_pods(&mut tasks, Scope::ThisNode, here);
+    follow_pods(&mut tasks, Scope::Others, others);
+    let heard = source.clone();
+    tasks.spawn_local(follow::<EndpointSlice>(client.clone(), String::new(), move |word, at| {
+        heard.others("endpointslices", word, at, World::slice, World::slice_gone, World::retain_slices);
+    }));
+    let heard = source.clone();
+    tasks.spawn_local(follow::<Service>(client.clone(), String::new(), move |word, at| {
+        heard.others("services", word, at, World::service, World::service_gone, World::retain_services);
+    }));
+    let heard = source.clone();
+    tasks.spawn_local(follow::<Namespace>(client.clone(), String::new(), move |word, at| {
+        heard.others("namespaces", word, at, World::namespace, World::namespace_gone, World::retain_namespaces);
+        heard.pods_changed.notify_one();
+    }));
+    let heard = source.clone();
+    tasks.spawn_local(follow::<Node>(client, this_node, move |word, at| {
+        heard.others("nodes", word, at, World::own, |_, _| {}, |_, _| {});
+    }));
+    let finder = source.clone();
+    tasks.spawn_local(async move { finder.find_pods().await });
+    tasks.join_all().await;
+    Ok(())
+}
+
+/// The collections; all of them have to be listed before anything is told, but those that only add to it.
+const COLLECTIONS: [(&str, bool); 6] = [
+    ("pods of this node", true),
+    ("pods", true),
+    ("services", true),
+    ("endpointslices", true),
+    ("namespaces", false),
+    ("nodes", false),
+];
+
+struct Source {
+    world: RefCell<World>,
+    core: Shared,
+    /// By collection: why it is not followed right now.
+    failures: RefCell<BTreeMap<&'static str, Failure>>,
+    /// Collections that were listed once.
+    listed: RefCell<BTreeSet<&'static str>>,
+    /// The first whole state was told.
+    live: Cell<bool>,
+    pods_changed: Notify,
+    settings: Settings,
+}
+
+impl Source {
+    fn pods(&self, scope: Scope, word: Word<Pod>, at_ns: u64) {
+        let collection = if scope == Scope::ThisNode { "pods of this node" } else { "pods" };
+        let take = |world: &mut World, pod: &Pod| world.pod(pod, scope);
+        let gone = |world: &mut World, name: &str| world.pod_gone(name, scope);
+        let retain = |world: &mut World, named: &HashSet<Name>| world.retain_pods(named, scope);
+        self.others(collection, word, at_ns, take, gone, retain);
+        if scope == Scope::ThisNode {
+            self.pods_changed.notify_one();
+        }
+    }
+
+    fn others<T: Object>(
+        &self,
+        collection: &'static str,
+        word: Word<T>,
+        at_ns: u64,
+        take: impl Fn(&mut World, &T),
+        gone: impl Fn(&mut World, &str),
+        retain: impl Fn(&mut World, &HashSet<Name>),
+    ) {
+        let bad = |name: &Name, reason: &str| (format!("{} {name}", T::KIND), reason.to_owned());
+        let mut malformed = Vec::new();
+        {
+            let mut world = self.world.borrow_mut();
+            match word {
+                Word::Changed(object) => {
+                    self.core.borrow_mut().mended(|| format!("{} {}", T::KIND, object.meta().full_name()));
+                    take(&mut world, &object);
+                }
+                Word::Gone(object) => {
+                    let name = object.meta().full_name();
+                    self.core.borrow_mut().mended(|| format!("{} {name}", T::KIND));
+                    gone(&mut world, &name);
+                }
+                Word::Malformed(object) => malformed.push(bad(&object.name, &object.reason)),
+                Word::Listed(objects) => {
+                    let name = |object: &Result<T, watch::Malformed>| match object {
+                        Ok(object) => object.meta().full_name(),
+                        // It is there, and the last good state of it stays.
+                        Err(bad) => bad.name.clone(),
+                    };
+                    retain(&mut world, &objects.iter().map(name).collect());
+                    debug!(collection, objects = objects.len(), "listed");
+                    for object in &objects {
+                        match object {
+                            Ok(object) => take(&mut world, object),
+                            Err(object) => malformed.push(bad(&object.name, &object.reason)),
+                        }
+                    }
+                    self.listed.borrow_mut().insert(collection);
+                    // The pods of this node are to be known by their networks before the first state is told.
+                    self.pods_changed.notify_one();
+                }
+                Word::Confirmed => {}
+                Word::Failed(failure) => {
+                    drop(world);
+                    return self.failed(collection, failure);
+                }
+            }
+        }
+        self.failures.borrow_mut().remove(collection);
+        self.pass_on(malformed, at_ns);
+    }
+
+    fn failed(&self, collection: &'static str, failure: Failure) {
+        let mut failures = self.failures.borrow_mut();
+        failures.insert(collection, failure);
+        // One server that is gone is one failure, not six.
+        let said: BTreeSet<_> = failures.values().map(|failure| failure.reason.as_str()).collect();
+        let first = said.iter().next().copied().unwrap_or_default();
+        let more = if said.len() > 1 { format!(" (and {} more)", said.len() - 1) } else { String::new() };
+        self.core.borrow_mut().source_failed(format!("{first}{more}"));
+        if self.waits_for().is_empty() {
+            self.pods_changed.notify_one();
+        }
+    }
+
+    /// The collections without which nothing can be told yet.
+    fn waits_for(&self) -> Vec<&'static str> {
+        let listed = self.listed.borrow();
+        let failures = self.failures.borrow();
+        let waits = |(collection, needed): &(&'static str, bool)| {
+            let refused = failures.get(collection).is_some_and(|failure| failure.forbidden);
+            (!listed.contains(collection) && (*needed || !refused)).then_some(*collection)
+        };
+        COLLECTIONS.iter().filter_map(waits).collect()
+    }
+
+    /// What the world says of the words it heard goes to the registry and the kernel.
+    fn pass_on(&self, malformed: Vec<(String, String)>, at_ns: u64) {
+        if !self.live.get() {
+            // Told by the first whole state; problems are not part of it.
+            let taken = self.world.borrow_mut().take();
+            let problems = taken.problems.into_iter().map(|problem| (problem.object, problem.reason));
+            self.core.borrow_mut().skipped(problems.chain(malformed));
+            return;
+        }
+        let taken = self.world.borrow_mut().take();
+        let mut core = self.core.borrow_mut();
+        for event in taken.events {
+            core.apply(event, at_ns);
+        }
+        let problems = taken.problems.into_iter().map(|problem| (problem.object, problem.reason));
+        core.skipped(problems.chain(malformed));
+        core.source_confirmed(self.failures.borrow().is_empty());
+    }
+
+    /// Finds the processes of this node's pods, and tells the first whole state once the pods of it were tried.
+    async fn find_pods(&self) {
+        let [first, longest] = FIND_AGAIN;
+        let mut again = first;
+        loop {
+            let found = self.find().await;
+            if found {
+                again = first;
+            }
+            self.start();
+            let missing = !self.world.borrow().unfound().is_empty();
+            let sleep = if missing { again } else { LOOK };
+            tokio::select! {
+                () = tokio::time::sleep(sleep) => again = (again * 2).min(longest),
+                () = self.pods_changed.notified() => again = first,
+            }
+        }
+    }
+
+    /// One look; true when it changed anything.
+    async fn find(&self) -> bool {
+        let (ended, wanted) = {
+            let world = self.world.borrow();
+            let ended = world.processes().into_iter().filter(|(_, process)| !process.lives());
+            (ended.map(|(name, _)| name).collect::<Vec<_>>(), world.unfound())
+        };
+        let mut looked_for = wanted;
+        for name in &ended {
+            let uid = self.world.borrow().uid_of(name);
+            looked_for.extend(uid.map(|uid| (name.clone(), uid)));
+        }
+        if looked_for.is_empty() {
+            return false;
+        }
+        let uids: HashSet<String> = looked_for.iter().map(|(_, uid)| uid.clone()).collect();
+        let found = match tokio::task::spawn_blocking(move || find::processes(&uids)).await {
+            Ok(Ok(found)) => found,
+            Ok(Err(error)) => {
+                warn!(%error, "/proc cannot be read: are the node's processes visible (hostPID)?");
+                return false;
+            }
+            Err(_) => return false,
+        };
+        {
+            let mut world = self.world.borrow_mut();
+            for (name, uid) in &looked_for {
+                let process = found.get(uid).copied();
+                if process.is_some() || ended.contains(name) {
+                    world.found(name, uid, process);
+                }
+            }
+        }
+        self.pass_on(Vec::new(), monotonic_ns());
+        !found.is_empty()
+    }
+
+    /// Tells the first whole state.
+    fn start(&self) {
+        if self.live.get() {
+            return;
+        }
+        let waits_for = self.waits_for();
+        if !waits_for.is_empty() {
+            debug!(waits_for = waits_for.join(", "), "not everything is listed yet");
+            return;
+        }
+        let state = self.world.borrow().snapshot();
+        self.world.borrow_mut().take();
+        let node_known = !state.nodes.is_empty();
+        let refused = self.failures.borrow().contains_key("nodes");
+        if !node_known && !refused {
+            warn!(
+                node = self.settings.node,
+                "the cluster has no node of this name: no pod is this node's; give its name with --node-name"
+            );
+        }
+        let mut core = self.core.borrow_mut();
+        core.apply(Event::Sync { state }, monotonic_ns());
+        self.live.set(true);
+        if let Some(failure) = self.failures.borrow().values().next() {
+            core.source_failed(failure.reason.clone());
+        }
+    }
+}

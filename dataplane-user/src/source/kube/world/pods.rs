@@ -1,0 +1,252 @@
+//! Pods: which end, which run here, and which of those are enrolled.
+
+use std::net::IpAddr;
+
+use super::{AMBIENT, NONE, Name, Scope, World, slices::Uid};
+use crate::{
+    model::{self, Event, Key},
+    registry::problem::stop_signals,
+    source::kube::{
+        find::Process,
+        object::{self, Object as _},
+    },
+};
+
+/// What is known of a name: the pod itself, and who speaks of it.
+#[derive(Debug, Default)]
+pub(super) struct Known {
+    pub pod: Option<Pod>,
+    /// Slices with an endpoint of it.
+    pub slices: Vec<Name>,
+}
+
+#[derive(Clone, Debug)]
+pub(super) struct Pod {
+    pub uid: Uid,
+    /// Deleted (deletionTimestamp), or over for good (phase Succeeded or Failed, as after an eviction).
+    pub ends: bool,
+    pub scope: Scope,
+    /// More of it, when it runs here in a network of its own.
+    pub here: Option<Box<Here>>,
+}
+
+#[derive(Clone, Debug, PartialEq)]
+pub(super) struct Here {
+    /// As cgroups name it.
+    uid: String,
+    mode: Option<String>,
+    gateway: Option<String>,
+    declared_gateway: bool,
+    addresses: Vec<IpAddr>,
+    stop_signals: Vec<String>,
+    /// Nothing of it runs any more.
+    over: bool,
+    process: Option<Process>,
+    /// It was told as enrolled: connections that were moved meanwhile go on being translated.
+    was_enrolled: bool,
+}
+
+impl Known {
+    pub(super) fn in_scope(&self, scope: Scope) -> bool {
+        self.pod.as_ref().is_some_and(|pod| pod.scope == scope)
+    }
+}
+
+impl World {
+    pub fn pod(&mut self, object: &object::Pod, scope: Scope) {
+        let name = self.intern(&object.metadata.full_name());
+        let uid = Uid::of(&object.metadata.uid);
+        let known = self.pods.get(&name).and_then(|known| known.pod.as_ref());
+        // A name's next life, such as a StatefulSet's: the former one's end was not heard of.
+        if let Some(former) = known.filter(|pod| pod.uid != uid).map(|pod| pod.scope) {
+            self.pod_gone(&name, former);
+        }
+        let over = matches!(object.status.phase.as_deref(), Some("Succeeded" | "Failed"));
+        let here = match scope {
+            Scope::ThisNode if !object.spec.host_network => Some(Box::new(self.here(object, over))),
+            _ => None,
+        };
+        let ends = over || object.metadata.deletion_timestamp.is_some();
+        let pod = Pod { uid, ends, scope, here };
+        let before = self.told(&name);
+        let known = self.pods.entry(name.clone()).or_default();
+        let first = known.pod.is_none();
+        known.pod = Some(pod);
+        if scope == Scope::ThisNode {
+            self.local.insert(name.clone());
+        } else {
+            self.local.remove(&name);
+        }
+        self.tell_pod(&name, before);
+        if first {
+            // Its endpoints waited for it.
+            self.retell_endpoints_of(&name);
+        }
+    }
+
+    /// A pod object is no more: so is every backend of it. A watch that a pod has moved out of is not believed.
+    pub fn pod_gone(&mut self, name: &str, scope: Scope) {
+        let Some((name, known)) = self.pods.get_key_value(name).filter(|(_, known)| known.in_scope(scope)) else {
+            return;
+        };
+        let (name, spoken_of) = (name.clone(), !known.slices.is_empty());
+        self.forget(Key::Pod { name: name.clone() });
+        self.local.remove(&name);
+        if spoken_of {
+            if let Some(known) = self.pods.get_mut(&name) {
+                known.pod = None;
+            }
+            self.retell_endpoints_of(&name);
+        } else {
+            self.pods.remove(&name);
+        }
+    }
+
+    /// Pods of this node whose network is to be found, with the uids that cgroups name them by.
+    pub fn unfound(&self) -> Vec<(Name, String)> {
+        let unfound = self.local.iter().filter_map(|name| {
+            let here = self.here_of(name)?;
+            let wanted = here.process.is_none() && !here.over && self.enrolled(name, here);
+            wanted.then(|| (name.clone(), here.uid.clone()))
+        });
+        unfound.collect()
+    }
+
+    /// The processes by which the pods of this node were found.
+    pub fn processes(&self) -> Vec<(Name, Process)> {
+        self.local.iter().filter_map(|name| Some((name.clone(), self.here_of(name)?.process?))).collect()
+    }
+
+    /// A process of a pod was found, or the one that was known has ended.
+    pub fn found(&mut self, name: &Name, uid: &str, process: Option<Process>) {
+        self.reconsider(name, |here| {
+            if here.uid == uid {
+                here.process = process;
+            }
+        });
+    }
+
+    /// The uid that cgroups name a pod of this node by.
+    pub fn uid_of(&self, name: &str) -> Option<String> {
+        Some(self.here_of(name)?.uid.clone())
+    }
+
+    /// Changes what is known of a pod here and tells what follows.
+    pub(super) fn reconsider(&mut self, name: &Name, change: impl FnOnce(&mut Here)) {
+        let before = self.told(name);
+        let known = self.pods.get_mut(name).and_then(|known| known.pod.as_mut());
+        if let Some(here) = known.and_then(|pod| pod.here.as_mut()) {
+            change(here);
+            self.tell_pod(name, before);
+        }
+    }
+
+    pub(super) fn tell_pod(&mut self, name: &Name, before: Option<model::Pod>) {
+        let now = self.told(name);
+        let known = self.pods.get_mut(name).and_then(|known| known.pod.as_mut());
+        if let (Some(here), Some(told)) = (known.and_then(|pod| pod.here.as_mut()), &now) {
+            here.was_enrolled |= told.enrolled && told.pid.is_some();
+        }
+        if now == before {
+            return;
+        }
+        let pod = now.unwrap_or_else(|| elsewhere(name, false));
+        self.tell(Event::Upsert { object: model::Object::Pod(pod) });
+    }
+
+    /// What the registry is told of a pod, if it needs to be told anything.
+    pub(super) fn told(&self, name: &Name) -> Option<model::Pod> {
+        let pod = self.pods.get(name)?.pod.as_ref()?;
+        let plain = || pod.ends.then(|| elsewhere(name, true));
+        let Some(here) = &pod.here else { return plain() };
+        let enrolled = self.enrolled(name, here);
+        let Some(process) = here.process.filter(|_| !here.over && (enrolled || here.was_enrolled)) else {
+            return plain();
+        };
+        let label = here.gateway.as_deref().map(|gateway| (model::GATEWAY_LABEL.into(), gateway.into()));
+        Some(model::Pod {
+            addresses: here.addresses.clone(),
+            pid: Some(process.pid),
+            enrolled,
+            gateway: here.declared_gateway,
+            labels: label.into_iter().collect(),
+            stop_signals: here.stop_signals.clone(),
+            ..elsewhere(name, pod.ends)
+        })
+    }
+
+    /// As Istio's node agent decides: either label enrols, `none` on the pod wins.
+    fn enrolled(&self, name: &str, here: &Here) -> bool {
+        match here.mode.as_deref() {
+            Some(NONE) => false,
+            Some(AMBIENT) => true,
+            _ => name.split_once('/').is_some_and(|(namespace, _)| self.ambient.contains(namespace)),
+        }
+    }
+
+    fn here_of(&self, name: &str) -> Option<&Here> {
+        self.pods.get(name)?.pod.as_ref()?.here.as_deref()
+    }
+
+    fn here(&mut self, object: &object::Pod, over: bool) -> Here {
+        let meta = object.meta();
+        let name = meta.full_name();
+        let addresses = object.status.pod_ips.iter().filter_map(|ip| ip.ip.parse().ok());
+        let before = self.here_of(&name);
+        let (process, was_enrolled) = before.map_or((None, false), |here| (here.process, here.was_enrolled));
+        Here {
+            uid: meta.annotations.config_hash.clone().unwrap_or_else(|| meta.uid.clone()),
+            mode: meta.labels.mode.clone(),
+            gateway: meta.labels.gateway.clone(),
+            declared_gateway: meta.annotations.gateway.as_deref() == Some("true"),
+            addresses: addresses.collect(),
+            stop_signals: self.stop_signals(object, &name),
+            over,
+            process,
+            was_enrolled,
+        }
+    }
+
+    /// Those of its containers, and what is annotated. A container that names none is stopped by TERM.
+    fn stop_signals(&mut self, object: &object::Pod, name: &str) -> Vec<String> {
+        let named = object.spec.containers.iter().map(|container| container.lifecycle.stop_signal.as_deref());
+        let mut signals: Vec<String> = named.map(|signal| signal.unwrap_or("TERM").into()).collect();
+        if let Some(annotated) = &object.metadata.annotations.stop_signals {
+            signals.extend(annotated.split(',').map(|signal| signal.trim().into()));
+        }
+        signals.sort_unstable();
+        signals.dedup();
+        signals.retain(|signal| match stop_signals(std::slice::from_ref(signal)) {
+            Ok(_) => true,
+            Err(reason) => {
+                self.problem("pod", name, format!("{reason}; it is enrolled without"));
+                false
+            }
+        });
+        if signals == ["TERM"] {
+            // The default.
+            signals.clear();
+        }
+        signals
+    }
+
+    /// The one copy of a pod's name.
+    pub(super) fn intern(&self, name: &Name) -> Name {
+        self.pods.get_key_value(name).map_or_else(|| name.clone(), |(known, _)| known.clone())
+    }
+}
+
+/// A pod that does not run here.
+fn elsewhere(name: &Name, terminating: bool) -> model::Pod {
+    model::Pod {
+        name: name.clone(),
+        addresses: Vec::new(),
+        netns: None,
+        pid: None,
+        enrolled: false,
+        gateway: false,
+        labels: Default::default(),
+        stop_signals: Vec::new(),
+        terminating,
+    }
+}
