@@ -3,7 +3,10 @@
 use std::{
     fs,
     io::{BufRead, BufReader, Write},
-    os::unix::{fs::symlink, net::UnixStream},
+    os::unix::{
+        fs::{PermissionsExt as _, symlink},
+        net::UnixStream,
+    },
     path::{Path, PathBuf},
     process::{Child, Command, Output, Stdio},
     thread::sleep,
@@ -406,4 +409,61 @@ fn readiness_is_told_and_metrics_move_by_what_happened_and_a_hostile_client_hurt
         let out = site.hitless("status").args(["--output", "json"]).output().expect("it runs");
         out.status.success()
     });
+}
+
+/// What the chart grants where `privileged` is forbidden.
+fn granted() -> Vec<String> {
+    let values: Value =
+        serde_saphyr::from_str(include_str!("../../deploy/chart/hitless/values.yaml")).expect("the chart's values");
+    let names = values["securityContext"]["capabilities"].as_array().expect("a list").iter();
+    names.map(|name| name.as_str().expect("a name").to_lowercase()).collect()
+}
+
+/// What an agent with these capabilities alone lacks to serve a pod that has more; nothing: it is ready.
+fn lacks(site: &Site, source: &str, capabilities: &[String]) -> Option<String> {
+    let kept: String = capabilities.iter().map(|name| format!(",+{name}")).collect();
+    let run = site.hitless("run");
+    let mut confined = Command::new("setpriv");
+    confined.args(["--inh-caps=-all", "--ambient-caps=-all"]).arg(format!("--bounding-set=-all{kept}"));
+    confined.arg(run.get_program()).args(run.get_args()).args(["--source", source]);
+    let log = fs::File::create(site.path("log")).expect("a log");
+    let mut agent = Agent(confined.stderr(log).spawn().expect("setpriv is there"));
+    let mut lack = None;
+    site.wait("verdict", || {
+        if let Some(status) = agent.0.try_wait().expect("it can be waited for") {
+            lack = Some(format!("it ended ({status})"));
+            return true;
+        }
+        let status = site.json("status");
+        let patient = ["the first full state", "pod ", "the hooks to be proved"];
+        let waiting = status["waitingFor"].as_str();
+        let waiting = waiting.filter(|what| !patient.iter().any(|start| what.starts_with(start)));
+        lack = status["pods"][0]["error"].as_str().or(waiting).map(str::to_owned);
+        lack.is_some() || (status["ready"] == true && status["pods"][0]["enrolled"] == true)
+    });
+    agent.stop(Signal::SIGTERM);
+    lack
+}
+
+#[test]
+fn the_capabilities_of_the_chart_are_enough_and_each_is_needed() {
+    let site = Site::new("capabilities");
+    // As the root of the hierarchy is, where a cluster's agents are.
+    fs::set_permissions(&site.cgroup, fs::Permissions::from_mode(0o555)).expect("it is ours");
+    let pod = Agent(Command::new("unshare").args(["--net", "sleep", "300"]).spawn().expect("unshare is there"));
+    let netns = |pid: &str| fs::read_link(format!("/proc/{pid}/ns/net")).expect("readable");
+    site.wait("network namespace", || netns(&pod.0.id().to_string()) != netns("self"));
+    let file = site.path("services.yaml");
+    fs::write(&file, format!("{}pods:\n- {{name: shop/web-1, pid: {}}}\n", services(&["192.0.2.1"]), pod.0.id()))
+        .expect("writable");
+    let source = format!("file:{}", file.display());
+
+    let all = granted();
+    assert_eq!(lacks(&site, &source, &all), None);
+    // CAP_SYS_ADMIN stands for the two that were split off it (Linux 5.8).
+    for needed in all.iter().filter(|name| !matches!(name.as_str(), "bpf" | "perfmon")) {
+        let rest: Vec<_> = all.iter().filter(|name| *name != needed).cloned().collect();
+        let lack = lacks(&site, &source, &rest);
+        assert!(lack.is_some(), "it does without {needed}");
+    }
 }
