@@ -3,7 +3,10 @@
 use std::{
     fs,
     io::{BufRead, BufReader, Write},
-    os::unix::{fs::symlink, net::UnixStream},
+    os::unix::{
+        fs::{PermissionsExt as _, symlink},
+        net::UnixStream,
+    },
     path::{Path, PathBuf},
     process::{Child, Command, Output, Stdio},
     thread::sleep,
@@ -62,6 +65,15 @@ impl Site {
         // The canary has a test of its own.
         run.args(["--canary", "off"]).args(args).stderr(log).stdout(Stdio::null());
         Agent(run.spawn().expect("it starts"))
+    }
+
+    /// What `hitless config dump` prints.
+    fn dump(&self, args: &[&str]) -> String {
+        let mut hitless = Command::new(env!("CARGO_BIN_EXE_hitless"));
+        hitless.args(["config", "dump"]).arg("--state-dir").arg(self.path("run")).args(args);
+        let Output { status, stdout, stderr } = hitless.output().expect("it runs");
+        assert!(status.success(), "{}", String::from_utf8_lossy(&stderr));
+        String::from_utf8(stdout).expect("text")
     }
 
     fn json(&self, command: &str) -> Value {
@@ -293,6 +305,38 @@ fn a_stop_keeps_the_kernel_path_unless_told_otherwise_and_a_second_agent_is_refu
     assert!(!site.path("bpf/hitless").exists(), "everything pinned is gone");
 }
 
+#[test]
+fn what_config_dump_prints_starts_an_agent_of_the_same_state() {
+    let site = Site::new("dump");
+    let file = site.path("services.yaml");
+    let more = "pods:\n- {name: shop/web-1, netns: /nowhere, stopSignals: [QUIT], addresses: [192.0.2.1]}\n\
+                - {name: shop/web-2, terminating: true}\nnodes:\n- {name: n-1, addresses: [192.0.2.200]}\n";
+    let stray = "- {service: shop/nobody, address: 192.0.2.9, targetPort: 8080, pod: shop/web-2, weight: 3}\n";
+    fs::write(&file, services(&["192.0.2.1", "192.0.2.2"]) + stray + more).expect("writable");
+    let mut agent = site.agent(&format!("file:{}", file.display()), &["--syn-limit", "4"]);
+    site.wait_ready();
+    let (endpoints, state) = (site.json("endpoints"), site.dump(&["--state"]));
+    let options: Value = serde_json::from_str(&site.dump(&["--output", "json"])).expect("JSON");
+    assert_eq!((&options["config"]["syn-limit"], &options["from"]["syn-limit"]), (&json!(4), &json!("flag")));
+    assert_eq!((&options["config"]["max-replays"], &options["from"]["max-replays"]), (&json!(3), &json!("default")));
+    assert!(site.dump(&["--output", "table"]).lines().any(|line| line.starts_with("syn-limit")));
+    fs::write(site.path("config.yaml"), site.dump(&[])).expect("writable");
+    fs::write(site.path("state.yaml"), &state).expect("writable");
+    assert!(agent.stop(Signal::SIGTERM));
+
+    let log = fs::File::create(site.path("log")).expect("a log");
+    let mut run = Command::new(env!("CARGO_BIN_EXE_hitless"));
+    run.arg("run").arg("--config").arg(site.path("config.yaml"));
+    run.arg(format!("--source=file:{}", site.path("state.yaml").display()));
+    let _agent = Agent(run.stderr(log).stdout(Stdio::null()).spawn().expect("it starts"));
+    site.wait_ready();
+    assert_eq!(site.json("endpoints"), endpoints);
+    assert_eq!(site.dump(&["--state"]), state);
+    let options: Value = serde_json::from_str(&site.dump(&["--output", "json"])).expect("JSON");
+    assert_eq!((&options["config"]["syn-limit"], &options["from"]["syn-limit"]), (&json!(4), &json!("file")));
+    assert_eq!(options["from"]["source"], "flag");
+}
+
 /// A GET of the agent's metrics listener: status line and body.
 fn get(at: std::net::SocketAddr, path: &str) -> Option<(String, String)> {
     use std::io::Read;
@@ -365,4 +409,61 @@ fn readiness_is_told_and_metrics_move_by_what_happened_and_a_hostile_client_hurt
         let out = site.hitless("status").args(["--output", "json"]).output().expect("it runs");
         out.status.success()
     });
+}
+
+/// What the chart grants where `privileged` is forbidden.
+fn granted() -> Vec<String> {
+    let values: Value =
+        serde_saphyr::from_str(include_str!("../../deploy/chart/hitless/values.yaml")).expect("the chart's values");
+    let names = values["securityContext"]["capabilities"].as_array().expect("a list").iter();
+    names.map(|name| name.as_str().expect("a name").to_lowercase()).collect()
+}
+
+/// What an agent with these capabilities alone lacks to serve a pod that has more; nothing: it is ready.
+fn lacks(site: &Site, source: &str, capabilities: &[String]) -> Option<String> {
+    let kept: String = capabilities.iter().map(|name| format!(",+{name}")).collect();
+    let run = site.hitless("run");
+    let mut confined = Command::new("setpriv");
+    confined.args(["--inh-caps=-all", "--ambient-caps=-all"]).arg(format!("--bounding-set=-all{kept}"));
+    confined.arg(run.get_program()).args(run.get_args()).args(["--source", source]);
+    let log = fs::File::create(site.path("log")).expect("a log");
+    let mut agent = Agent(confined.stderr(log).spawn().expect("setpriv is there"));
+    let mut lack = None;
+    site.wait("verdict", || {
+        if let Some(status) = agent.0.try_wait().expect("it can be waited for") {
+            lack = Some(format!("it ended ({status})"));
+            return true;
+        }
+        let status = site.json("status");
+        let patient = ["the first full state", "pod ", "the hooks to be proved"];
+        let waiting = status["waitingFor"].as_str();
+        let waiting = waiting.filter(|what| !patient.iter().any(|start| what.starts_with(start)));
+        lack = status["pods"][0]["error"].as_str().or(waiting).map(str::to_owned);
+        lack.is_some() || (status["ready"] == true && status["pods"][0]["enrolled"] == true)
+    });
+    agent.stop(Signal::SIGTERM);
+    lack
+}
+
+#[test]
+fn the_capabilities_of_the_chart_are_enough_and_each_is_needed() {
+    let site = Site::new("capabilities");
+    // As the root of the hierarchy is, where a cluster's agents are.
+    fs::set_permissions(&site.cgroup, fs::Permissions::from_mode(0o555)).expect("it is ours");
+    let pod = Agent(Command::new("unshare").args(["--net", "sleep", "300"]).spawn().expect("unshare is there"));
+    let netns = |pid: &str| fs::read_link(format!("/proc/{pid}/ns/net")).expect("readable");
+    site.wait("network namespace", || netns(&pod.0.id().to_string()) != netns("self"));
+    let file = site.path("services.yaml");
+    fs::write(&file, format!("{}pods:\n- {{name: shop/web-1, pid: {}}}\n", services(&["192.0.2.1"]), pod.0.id()))
+        .expect("writable");
+    let source = format!("file:{}", file.display());
+
+    let all = granted();
+    assert_eq!(lacks(&site, &source, &all), None);
+    // CAP_SYS_ADMIN stands for the two that were split off it (Linux 5.8).
+    for needed in all.iter().filter(|name| !matches!(name.as_str(), "bpf" | "perfmon")) {
+        let rest: Vec<_> = all.iter().filter(|name| *name != needed).cloned().collect();
+        let lack = lacks(&site, &source, &rest);
+        assert!(lack.is_some(), "it does without {needed}");
+    }
 }

@@ -49,3 +49,33 @@ fn every_counter_is_on_the_page_and_no_other() {
     let counted: BTreeSet<_> = Stat::ALL.iter().map(|stat| stat.name()).collect();
     assert_eq!(documented, counted);
 }
+
+fn keys(value: &serde_json::Value) -> BTreeSet<String> {
+    value.as_object().expect("an object").keys().cloned().collect()
+}
+
+/// Every key of the configuration is the chart's own, one that its schema lets through, or none of a cluster's.
+#[test]
+fn the_chart_takes_the_agents_keys_and_no_other() {
+    let schema: serde_json::Value =
+        serde_json::from_str(include_str!("../../deploy/chart/hitless/values.schema.json")).expect("a schema");
+    let passed = &schema["properties"]["agent"]["properties"]["config"]["properties"];
+    let objects: Vec<serde_json::Value> =
+        serde_saphyr::from_multiple(include_str!("../../deploy/hitless.yaml")).expect("objects");
+    let text = objects.iter().find_map(|object| object["data"]["config.yaml"].as_str()).expect("a configuration");
+    let set: serde_json::Value = serde_saphyr::from_str(text).expect("YAML");
+    let known = keys(&serde_json::to_value(Options::default()).expect("plain data"));
+
+    let (passed_keys, set_keys) = (keys(passed), keys(&set));
+    assert!(passed_keys.is_disjoint(&set_keys), "a key would be there twice: {passed_keys:?} {set_keys:?}");
+    let taken: BTreeSet<_> = passed_keys.union(&set_keys).cloned().collect();
+    let unknown: Vec<_> = taken.difference(&known).collect();
+    assert!(unknown.is_empty(), "the agent has no {unknown:?}");
+    // The node's name comes from the API, the credentials from the pod; the salt is for tests.
+    let elsewhere = ["layout-salt", "node-name", "kubeconfig"];
+    let left: Vec<_> = known.difference(&taken).filter(|key| !elsewhere.contains(&key.as_str())).collect();
+    assert!(left.is_empty(), "the chart's schema refuses {left:?}");
+
+    let sizes = serde_json::to_value(dataplane_user::kernel::Sizes::default()).expect("plain data");
+    assert_eq!(keys(&passed["sizes"]["properties"]), keys(&sizes));
+}

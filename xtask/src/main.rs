@@ -1,8 +1,11 @@
 //! `cargo xtask`: build, test, measure, show.
 
+mod deploy;
 mod deps;
 mod ebpf;
 mod gate;
+mod helm;
+mod image;
 mod packages;
 mod root;
 mod section;
@@ -45,7 +48,11 @@ enum Task {
     Lab(Passed),
     /// A real Kubernetes on this machine: up, down, status, kubectl, build
     Cluster(Passed),
-    /// Check formatting, dependencies and lints
+    /// Build the agent's container image: an OCI archive of one static binary, the same bytes every time
+    Image(image::Options),
+    /// Render the Helm chart to deploy/hitless.yaml, or check that they agree
+    Deploy(deploy::Options),
+    /// Check formatting, dependencies, scripts, the chart and lints
     Check,
     /// Check the dependencies by deny.toml
     Deps,
@@ -84,6 +91,8 @@ fn run(task: Task) -> Result<()> {
         Task::Bench(passed) => tasks::run(workspace, "hitless-bench", &[], passed),
         Task::Lab(passed) => tasks::lab(workspace, passed),
         Task::Cluster(passed) => tasks::run(workspace, "hitless-lab", &["cluster"], passed),
+        Task::Image(options) => image::run(workspace, &options),
+        Task::Deploy(options) => deploy::run(workspace, &options),
         Task::Check => tasks::check(workspace),
         Task::Deps => deps::check(workspace),
         Task::Gate => gate::run(&workspace.object()),

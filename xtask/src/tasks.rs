@@ -10,10 +10,13 @@ use anyhow::{Context as _, Result};
 use clap::{Args, ValueEnum};
 
 use crate::{
-    deps, ebpf, root,
+    deploy, deps, ebpf, packages, root,
     section::{section, status},
-    workspace::{Workspace, cargo},
+    workspace::{Workspace, cargo, in_path},
 };
+
+/// Everything that a shell runs.
+const SCRIPTS: [&str; 4] = ["x", ".ci/run", "tests/kind/run", "tests/kind/rollout"];
 
 /// How to build what is run.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
@@ -36,14 +39,24 @@ pub struct Passed {
     args: Vec<OsString>,
 }
 
-/// Formatting, lints, dependencies.
+/// Formatting, dependencies, scripts, the chart, lints.
 pub fn check(workspace: &Workspace) -> Result<()> {
     section("formatting", || status(here(workspace).args(["fmt", "--all", "--check"])))?;
     section("dependencies", || deps::check(workspace))?;
+    section("scripts", || scripts(workspace))?;
+    section("chart", || deploy::run(workspace, &deploy::Options { check: true }))?;
     section("BPF object", || ebpf::build(workspace, false))?;
     section("clippy", || {
         status(here(workspace).args(["clippy", "--workspace", "--all-targets", "--locked", "--", "-D", "warnings"]))
     })
+}
+
+/// What only a reader of shell finds; some of it can't be run here.
+fn scripts(workspace: &Workspace) -> Result<()> {
+    if in_path("shellcheck").is_none() {
+        packages::install(workspace, "to check the scripts", &["shellcheck"])?;
+    }
+    status(Command::new("shellcheck").args(SCRIPTS).current_dir(&workspace.root))
 }
 
 /// Builds the agent and the lab's programs, then becomes `program`, as root.

@@ -5,9 +5,12 @@ use std::{
     path::{Path, PathBuf},
 };
 
-use nix::sys::{
-    resource::{Resource, getrlimit},
-    statfs::statfs,
+use nix::{
+    sys::{
+        resource::{Resource, getrlimit},
+        statfs::statfs,
+    },
+    unistd::{AccessFlags, access},
 };
 
 use super::Check;
@@ -173,6 +176,14 @@ pub fn cgroup(configured: Option<&Path>) -> Check {
             NAME,
             format!("{} is not in a cgroup2 mount", path.display()),
             format!("name one with --cgroup: {}", points.join(", ")),
+        );
+    }
+    // The root's mode is 0555: there even root's processes need the capability.
+    if let Err(error) = access(&path, AccessFlags::W_OK | AccessFlags::X_OK) {
+        return Check::fail(
+            NAME,
+            format!("{} is not writable ({error}): the canary can make no cgroup there", path.display()),
+            "mount it read-write and add CAP_DAC_OVERRIDE, or do without the proof of the hooks: --canary off",
         );
     }
     // The true root is the only cgroup without a type. A cgroup namespace shows its own root as `/`.
