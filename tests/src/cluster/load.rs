@@ -53,6 +53,8 @@ pub struct Outcome {
     pub qps: f64,
     /// HTTP status, or -1 where there was no answer, and how often; of gRPC, SERVING or ERROR
     pub codes: BTreeMap<String, u64>,
+    /// What it complained of, the first lines
+    pub said: Vec<String>,
 }
 
 impl Load {
@@ -61,7 +63,10 @@ impl Load {
         let LoadSpec { name, url, amount, node } = &spec;
         let amount = match amount {
             Amount::Rate { qps, time, clients } => {
-                format!("-keepalive=false, \"-qps={qps}\", \"-t={}s\", \"-c={clients}\", -timeout=3s", time.as_secs())
+                format!(
+                    "-keepalive=false, -uniform, \"-qps={qps}\", \"-t={}s\", \"-c={clients}\", -timeout=3s",
+                    time.as_secs()
+                )
             }
             Amount::Streams(count) => format!("-grpc, -ping, -grpc-ping-delay=300ms, -qps=0, -t=0, \"-c={count}\""),
         };
@@ -104,7 +109,9 @@ impl Load {
             if let Some(report) = report(&log) {
                 let requests: u64 = report.codes.values().sum();
                 let good = ["200", "SERVING"].iter().filter_map(|code| report.codes.get(*code)).sum::<u64>();
-                return Ok(Outcome { requests, failed: requests - good, qps: report.qps, codes: report.codes });
+                let complaints = log.lines().filter(|line| line.starts_with("{\"ts\"")).take(10);
+                let said = complaints.map(str::to_owned).collect();
+                return Ok(Outcome { requests, failed: requests - good, qps: report.qps, codes: report.codes, said });
             }
             if Instant::now() > deadline {
                 bail!("the load {} printed no report in time:\n{log}", self.spec.name);

@@ -3,7 +3,6 @@
 
 pub mod agent;
 pub mod api;
-pub mod bridge;
 pub mod command;
 pub mod control;
 pub mod gateway;

@@ -7,8 +7,7 @@ use serde_json::Value;
 
 use super::{
     Cluster, Spec,
-    agent::Agent,
-    bridge::Bridge,
+    agent::{self, Agent},
     image::{self, HTTPBIN, NGINX},
     load::{Amount, Load, LoadSpec, Outcome},
 };
@@ -49,7 +48,6 @@ fn web(replicas: usize, server: Server) -> String {
 pub struct Scene {
     // Before the cluster they look at.
     pub agents: Vec<Agent>,
-    pub bridge: Option<Bridge>,
     pub cluster: Cluster,
     pub vip: String,
 }
@@ -65,7 +63,7 @@ impl Scene {
             cluster.load(&image)?;
         }
         cluster.apply(&web(replicas, server))?;
-        let mut scene = Self { agents: Vec::new(), bridge: None, cluster, vip: String::new() };
+        let mut scene = Self { agents: Vec::new(), cluster, vip: String::new() };
         scene.wait_rollout(WEB)?;
         let service = scene.get(&["service", "web"])?;
         scene.vip = service["spec"]["clusterIP"].as_str().context("a service without an address")?.to_owned();
@@ -75,11 +73,10 @@ impl Scene {
     /// hitless on every node.
     pub fn with_hitless(spec: &Spec, replicas: usize, server: Server) -> Result<Self> {
         let mut scene = Self::new(spec, replicas, server)?;
-        let bridge = Bridge::start(&scene.cluster)?;
+        agent::permit(&scene.cluster)?;
         for node in scene.cluster.nodes() {
-            scene.agents.push(Agent::start(node, &bridge, &[])?);
+            scene.agents.push(Agent::start(node, &[])?);
         }
-        scene.bridge = Some(bridge);
         Ok(scene)
     }
 

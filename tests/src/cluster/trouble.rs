@@ -110,23 +110,31 @@ impl Scene {
         static LOADS: AtomicU32 = AtomicU32::new(1);
         let name = format!("load-{}", LOADS.fetch_add(1, Ordering::Relaxed));
         let load = self.load(&name, &format!("http://{}{path}", self.vip), qps, NEVER)?;
-        let before = self.client_agent()?.counters()?;
+        let before = self.counters()?;
         std::thread::sleep(Duration::from_secs(1));
         let started = Instant::now();
         trouble(self, &name)?;
         let took = started.elapsed();
         std::thread::sleep(Duration::from_secs(1));
-        let after = self.client_agent()?.counters()?;
+        let after = self.counters()?;
         let outcome = load.stop(&self.cluster)?;
         // Maps of another layout begin at zero.
-        let grew = |(name, count): (String, u64)| {
-            let old = before.get(&name).copied().unwrap_or_default();
-            (name, count.checked_sub(old).unwrap_or(count))
+        let same = before.0 == after.0;
+        let grew = |(name, count)| {
+            let old = if same { before.1.get(&name).copied().unwrap_or_default() } else { 0 };
+            (name, count - old)
         };
-        let suffered = Suffered { outcome, counted: after.into_iter().map(grew).collect() };
+        let suffered = Suffered { outcome, counted: after.1.into_iter().map(grew).collect() };
         eprintln!("{took:.1?} of trouble: {:?}", suffered.outcome);
         self.kubectl(&["delete", "pod", &name, "--wait=false"])?;
         Ok(suffered)
+    }
+
+    /// With the layout of the maps that they are in.
+    fn counters(&self) -> Result<(String, BTreeMap<String, u64>)> {
+        let status = self.client_agent()?.admin(&["status"])?;
+        let layout = status["kernel"]["layout"].as_str().context("no layout in hitless status")?;
+        Ok((layout.to_owned(), serde_json::from_value(status["counters"].clone())?))
     }
 
     /// The agent of the node where load comes from.
@@ -246,17 +254,13 @@ impl Scene {
     /// Ends a node's agent; the kernel goes on.
     pub fn end_agent(&self, node: usize, signal: Signal) -> Result<()> {
         let agent = self.agents.iter().find(|agent| agent.node == node).context("the node has an agent")?;
-        if let Some(bridge) = &self.bridge {
-            bridge.disconnect(node);
-        }
         agent.process().signal(signal)?;
         agent.process().wait().map(drop)
     }
 
     /// Starts it again, perhaps another version.
     pub fn start_agent(&mut self, node: usize, args: &[&str]) -> Result<()> {
-        let bridge = self.bridge.as_ref().context("a scene with hitless")?;
-        let agent = Agent::start(self.cluster.node(node), bridge, args)?;
+        let agent = Agent::start(self.cluster.node(node), args)?;
         let place = self.agents.iter().position(|agent| agent.node == node).context("the node had an agent")?;
         self.agents[place] = agent;
         Ok(())
