@@ -40,6 +40,13 @@ impl Suffered {
         assert_eq!(self.outcome.failed, 0, "{self:?}");
     }
 
+    /// Servers whose end was announced had nothing left to do but what they had just accepted: nginx does not answer
+    /// that, and on a busy machine there is some now and then.
+    pub fn assert_hardly_anything_lost(&self) {
+        self.assert_every_connect_made();
+        assert!(self.outcome.failed * 100 <= self.outcome.requests, "{self:?}");
+    }
+
     /// Servers that died unannounced may take along what they had accepted, and nothing else: of so many clients each
     /// can have one request in the hands of each.
     pub fn assert_only_accepted_requests_lost(&self, deaths: u32) {
