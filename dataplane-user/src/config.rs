@@ -2,6 +2,8 @@
 //!
 //! A flag wins over `HITLESS_<NAME>`, that over the file, that over the default.
 
+pub mod in_force;
+
 use std::{fmt, path::PathBuf, str::FromStr, time::Duration};
 
 use anyhow::{Context as _, bail};
@@ -158,6 +160,9 @@ pub struct Config {
     pub metrics: Option<std::net::SocketAddr>,
     pub log_format: LogFormat,
     pub log_level: String,
+    /// What was set, by whatever means, and by which.
+    pub given: Options,
+    pub origins: in_force::Origins,
 }
 
 macro_rules! prefer {
@@ -236,6 +241,7 @@ impl Options {
 
     pub fn resolve(self) -> anyhow::Result<Config> {
         self.check_ranges()?;
+        let given = self.clone();
         let Some(source) = self.source else {
             bail!(
                 "source is not set: give --source kube, file:PATH or stream:PATH (`hitless run --help` explains them)"
@@ -284,6 +290,8 @@ impl Options {
             metrics: self.metrics_address.map_or(unset, |address| address.0),
             log_format: self.log_format.unwrap_or_default(),
             log_level: self.log_level.unwrap_or_else(|| "info".into()),
+            given,
+            origins: Default::default(),
         })
     }
 

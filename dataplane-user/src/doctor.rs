@@ -4,6 +4,7 @@
 //! made for a trial (a directory in the BPF file system, a network namespace, programs that do
 //! nothing) is gone when the check is over.
 
+mod cluster;
 mod host;
 mod probe;
 
@@ -54,15 +55,18 @@ pub fn run(config: &Config) -> Vec<Check> {
     let mut checks = vec![host::kernel(), host::lockdown(), host::capabilities(), host::memory_lock()];
     checks.push(probe::offsets());
     checks.push(host::cgroup(config.cgroup.as_deref()));
+    checks.push(cluster::cgroup_paths());
     checks.push(host::bpffs(&config.bpffs));
     checks.push(probe::maps());
     checks.push(probe::programs());
     checks.push(probe::helpers());
     checks.push(probe::tracepoints());
+    checks.push(cluster::processes());
     checks.extend(probe::network_namespaces(config.tcx));
     checks.push(host::unprivileged());
     checks.push(probe::pins(config));
     checks.push(probe::neighbours(config));
+    checks.extend([cluster::kube_proxy(), cluster::cni()]);
     checks
 }
 

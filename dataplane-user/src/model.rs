@@ -16,6 +16,21 @@ pub struct Snapshot {
     pub nodes: Vec<Node>,
 }
 
+impl FromIterator<Object> for Snapshot {
+    fn from_iter<T: IntoIterator<Item = Object>>(objects: T) -> Self {
+        let mut state = Self::default();
+        for object in objects {
+            match object {
+                Object::Service(service) => state.services.push(service),
+                Object::Backend(backend) => state.backends.push(backend),
+                Object::Pod(pod) => state.pods.push(pod),
+                Object::Node(node) => state.nodes.push(node),
+            }
+        }
+        state
+    }
+}
+
 /// One event on the stream: `{"op":"upsert","object":{"kind":"backend",…}}`,
 /// `{"op":"delete","object":{"kind":"pod","name":"shop/web-1"}}`, `{"op":"sync","state":{…}}`.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]

@@ -67,6 +67,15 @@ impl Site {
         Agent(run.spawn().expect("it starts"))
     }
 
+    /// What `hitless config dump` prints.
+    fn dump(&self, args: &[&str]) -> String {
+        let mut hitless = Command::new(env!("CARGO_BIN_EXE_hitless"));
+        hitless.args(["config", "dump"]).arg("--state-dir").arg(self.path("run")).args(args);
+        let Output { status, stdout, stderr } = hitless.output().expect("it runs");
+        assert!(status.success(), "{}", String::from_utf8_lossy(&stderr));
+        String::from_utf8(stdout).expect("text")
+    }
+
     fn json(&self, command: &str) -> Value {
         let Output { stdout, stderr, .. } = self.hitless(command).args(["--output", "json"]).output().expect("it runs");
         serde_json::from_slice(&stdout)
@@ -294,6 +303,38 @@ fn a_stop_keeps_the_kernel_path_unless_told_otherwise_and_a_second_agent_is_refu
     site.wait_ready();
     assert!(agent.stop(Signal::SIGINT));
     assert!(!site.path("bpf/hitless").exists(), "everything pinned is gone");
+}
+
+#[test]
+fn what_config_dump_prints_starts_an_agent_of_the_same_state() {
+    let site = Site::new("dump");
+    let file = site.path("services.yaml");
+    let more = "pods:\n- {name: shop/web-1, netns: /nowhere, stopSignals: [QUIT], addresses: [192.0.2.1]}\n\
+                - {name: shop/web-2, terminating: true}\nnodes:\n- {name: n-1, addresses: [192.0.2.200]}\n";
+    let stray = "- {service: shop/nobody, address: 192.0.2.9, targetPort: 8080, pod: shop/web-2, weight: 3}\n";
+    fs::write(&file, services(&["192.0.2.1", "192.0.2.2"]) + stray + more).expect("writable");
+    let mut agent = site.agent(&format!("file:{}", file.display()), &["--syn-limit", "4"]);
+    site.wait_ready();
+    let (endpoints, state) = (site.json("endpoints"), site.dump(&["--state"]));
+    let options: Value = serde_json::from_str(&site.dump(&["--output", "json"])).expect("JSON");
+    assert_eq!((&options["config"]["syn-limit"], &options["from"]["syn-limit"]), (&json!(4), &json!("flag")));
+    assert_eq!((&options["config"]["max-replays"], &options["from"]["max-replays"]), (&json!(3), &json!("default")));
+    assert!(site.dump(&["--output", "table"]).lines().any(|line| line.starts_with("syn-limit")));
+    fs::write(site.path("config.yaml"), site.dump(&[])).expect("writable");
+    fs::write(site.path("state.yaml"), &state).expect("writable");
+    assert!(agent.stop(Signal::SIGTERM));
+
+    let log = fs::File::create(site.path("log")).expect("a log");
+    let mut run = Command::new(env!("CARGO_BIN_EXE_hitless"));
+    run.arg("run").arg("--config").arg(site.path("config.yaml"));
+    run.arg(format!("--source=file:{}", site.path("state.yaml").display()));
+    let _agent = Agent(run.stderr(log).stdout(Stdio::null()).spawn().expect("it starts"));
+    site.wait_ready();
+    assert_eq!(site.json("endpoints"), endpoints);
+    assert_eq!(site.dump(&["--state"]), state);
+    let options: Value = serde_json::from_str(&site.dump(&["--output", "json"])).expect("JSON");
+    assert_eq!((&options["config"]["syn-limit"], &options["from"]["syn-limit"]), (&json!(4), &json!("file")));
+    assert_eq!(options["from"]["source"], "flag");
 }
 
 /// A GET of the agent's metrics listener: status line and body.

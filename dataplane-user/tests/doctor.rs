@@ -1,12 +1,13 @@
 //! `hitless doctor` against the running kernel. Needs root.
 
-use std::path::PathBuf;
+use std::{path::PathBuf, process::Command};
 
 use dataplane_user::{
     doctor::{self, Check, Status},
     kernel::{Config, Kernel, cgroup2_root},
 };
 use nix::mount::{MntFlags, MsFlags, mount, umount2};
+use serde_json::Value;
 
 /// A BPF file system of its own, gone with the test.
 struct BpfFs(tempfile::TempDir);
@@ -104,4 +105,56 @@ fn an_installation_is_told_by_its_agent_and_one_of_another_name_is_a_neighbour()
     assert_eq!(installation.status, Status::Warn);
     assert!(installation.found.contains("without an agent"), "{installation:?}");
     assert!(installation.remedy.as_ref().is_some_and(|remedy| remedy.contains("hitless uninstall")));
+}
+
+/// One check of `hitless doctor`, run at the end of a shell script (as `doctor`) in namespaces of its own.
+fn doctor_in(unshare: &[&str], script: &str, check: &str) -> Value {
+    let doctor = format!("doctor() {{ '{}' doctor --output json || true; }}\n", env!("CARGO_BIN_EXE_hitless"));
+    let output = Command::new("unshare").args(unshare).args(["bash", "-ec", &(doctor + script)]).output();
+    let output = output.expect("unshare runs");
+    let checks: Vec<Value> = serde_json::from_slice(&output.stdout)
+        .unwrap_or_else(|error| panic!("{error}: {}", String::from_utf8_lossy(&output.stderr)));
+    checks.into_iter().find(|found| found["name"] == check).unwrap_or_else(|| panic!("no check {check}"))
+}
+
+const CONTAINER: [&str; 4] = ["--pid", "--fork", "--mount", "--mount-proc"];
+
+#[test]
+fn a_container_that_sees_only_its_own_processes_is_told_to_take_the_host_s() {
+    let own = doctor_in(&CONTAINER, "doctor", "processes");
+    assert_eq!(own["status"], "warn", "{own}");
+    assert!(own["found"].as_str().is_some_and(|found| found.contains("process 1 is bash")), "{own}");
+    assert!(own["remedy"].as_str().is_some_and(|remedy| remedy.contains("hostPID: true")), "{own}");
+    // A pod with hostPID on a node that is itself a container: other mounts than the node's process 1.
+    let nested = doctor_in(&CONTAINER, "export -f doctor; unshare --mount bash -c doctor; true", "processes");
+    assert_eq!(nested["status"], "ok", "{nested}");
+}
+
+#[test]
+fn a_cgroup_namespace_that_begins_below_the_root_is_told() {
+    let cgroup = cgroup2_root().expect("cgroup2 is mounted").join(format!("hl-doctor-ns-{}", std::process::id()));
+    std::fs::create_dir(&cgroup).expect("a cgroup needs root");
+    let script =
+        format!("echo $$ > {}/cgroup.procs; export -f doctor; unshare --cgroup bash -c doctor; true", cgroup.display());
+    let check = doctor_in(&[], &script, "cgroup paths");
+    std::fs::remove_dir(&cgroup).expect("it is empty");
+    assert_eq!(check["status"], "warn", "{check}");
+    assert!(check["found"].as_str().is_some_and(|found| found.contains("/..")), "{check}");
+}
+
+#[test]
+fn who_else_routes_on_a_node_is_told_and_nothing_wrong_is_seen_in_it() {
+    // The node's files and processes are those of process 1: this shell.
+    let node = "mount -t tmpfs tmpfs /etc; mkdir -p /etc/cni/net.d
+        echo '{\"name\": \"n\", \"plugins\": [{\"type\": \"calico\"}, {\"type\": \"portmap\"}]}' > /etc/cni/net.d/10-calico.conflist
+        (exec -a kube-proxy bash -c 'sleep 60; :' x --proxy-mode=nftables) > /dev/null &
+        until grep -q nftables /proc/$!/cmdline; do sleep 0.01; done
+        doctor";
+    let cni = doctor_in(&CONTAINER, node, "CNI");
+    assert_eq!((&cni["status"], &cni["found"]), (&"ok".into(), &"calico, portmap (10-calico.conflist)".into()));
+    let proxy = doctor_in(&CONTAINER, node, "kube-proxy");
+    assert_eq!(proxy["status"], "ok");
+    assert!(proxy["found"].as_str().is_some_and(|found| found.contains("mode nftables")), "{proxy}");
+    let none = doctor_in(&CONTAINER, "mount -t tmpfs tmpfs /etc; doctor", "CNI");
+    assert_eq!(none["found"], "no configuration in /etc/cni/net.d");
 }

@@ -4,4 +4,5 @@ pub mod bench;
 pub mod cluster;
 pub mod demo;
 pub mod lab;
+pub mod observe;
 pub mod workload;

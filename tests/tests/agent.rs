@@ -81,9 +81,9 @@ fn a_listener_that_closed_while_the_agent_was_dead_is_still_known_as_closed() ->
 }
 
 /// Connections without end.
-fn storm(scene: &Scene) -> Result<(Process, PathBuf)> {
-    let result = scene.client.place.file("storm.json");
-    let target: SocketAddr = scene.vip(Family::V4);
+fn storm(scene: &Scene, family: Family) -> Result<(Process, PathBuf)> {
+    let result = scene.client.place.file(&format!("storm-{family:?}.json"));
+    let target: SocketAddr = scene.vip(family);
     let process = scene.client.workload(&[
         "storm",
         "--target",
@@ -116,7 +116,7 @@ fn assert_nothing_lost(scene: &Scene, storm: &Process, result: &PathBuf) -> Resu
 #[test]
 fn kill_9_at_any_moment_fails_no_connection() -> Result<()> {
     let mut scene = scene(&[1, 1, 1]);
-    let (storm, result) = storm(&scene)?;
+    let storms = [storm(&scene, Family::V4)?, storm(&scene, Family::V6)?];
     for round in 0..8 {
         scene.kill_agent(1)?;
         // A pod dies while only the programs in the kernel can tell.
@@ -125,16 +125,22 @@ fn kill_9_at_any_moment_fails_no_connection() -> Result<()> {
         scene.control.endpoint_gone(&old.pod.name)?;
         let new = scene.add_web(1)?;
         scene.webs.push(new);
+        // Every other round brings another layout of the maps.
+        let salt = if round / 2 % 2 == 0 { "" } else { "next" };
+        let options = AgentOptions { args: vec![format!("--layout-salt={salt}")], ..AgentOptions::default() };
         if round % 2 == 0 {
             // Killed again while it starts: at another step each time.
-            let starting = scene.lab.node(1).start_agent(AgentOptions::default())?;
+            let starting = scene.lab.node(1).start_agent(options.clone())?;
             thread::sleep(Duration::from_millis(30 * round as u64));
             starting.kill9()?;
         }
-        scene.start_agent(1, AgentOptions::default())?;
+        scene.start_agent(1, options)?;
         old.pod.delete()?;
     }
-    assert_nothing_lost(&scene, &storm, &result)
+    for (storm, result) in &storms {
+        assert_nothing_lost(&scene, storm, result)?;
+    }
+    Ok(())
 }
 
 #[test]
@@ -143,10 +149,10 @@ fn an_upgrade_to_another_map_layout_fails_no_connection() -> Result<()> {
     kill(&scene.webs[1]);
     // An open connection that was rebound must live through it: most of these meet the dead backend.
     let mut open = Vec::new();
-    for _ in 0..20 {
-        open.push(scene.connect(Family::V4)?);
+    for n in 0..20 {
+        open.push(scene.connect(Family::BOTH[n % 2])?);
     }
-    let (storm, result) = storm(&scene)?;
+    let storms = [storm(&scene, Family::V4)?, storm(&scene, Family::V6)?];
     for salt in ["one", "two", "three"] {
         scene.control.disconnect_agent(1);
         scene.agent(1).process().sigterm()?;
@@ -154,7 +160,9 @@ fn an_upgrade_to_another_map_layout_fails_no_connection() -> Result<()> {
         let args = vec!["--layout-salt".to_owned(), salt.to_owned()];
         scene.start_agent(1, AgentOptions { args, ..AgentOptions::default() })?;
     }
-    assert_nothing_lost(&scene, &storm, &result)?;
+    for (storm, result) in &storms {
+        assert_nothing_lost(&scene, storm, result)?;
+    }
     for stream in &mut open {
         who(stream)?;
     }

@@ -276,14 +276,42 @@ fn a_gateways_connect_moves_only_among_backends_that_share_every_service() -> Re
 }
 
 #[test]
-fn a_pod_that_is_not_enrolled_is_left_alone() -> Result<()> {
-    let scene = only_rebind(Topology::Bridge, &[1, 2]);
+fn a_pod_that_is_not_enrolled_is_left_alone_and_takes_no_backend_out() -> Result<()> {
+    let spec = SceneSpec { layers: "l2,l3".into(), ..SceneSpec::default() };
+    let scene = Scene::new(&spec)?;
     let stranger = scene.lab.node(1).add_pod("stranger")?;
-    scene.announce(&stranger, &Terms { gateway: true, not_enrolled: true, ..Terms::default() })?;
+    let terms = Terms { gateway: true, not_enrolled: true, ..Terms::default() };
+    scene.announce(&stranger, &terms)?;
     kill(&scene.webs[0]);
-    let error = connect_from(&stranger.place, SocketAddr::new(scene.webs[0].pod.v4(), PORT)).expect_err("dead");
-    assert_eq!(error.kind(), ErrorKind::ConnectionRefused);
-    assert_eq!(scene.rebound()?, 0);
+    for address in scene.webs[0].pod.addresses() {
+        let to = SocketAddr::new(address, PORT);
+        for _ in 0..OFTEN {
+            let error = connect_from(&stranger.place, to).expect_err("dead");
+            assert_eq!(error.kind(), ErrorKind::ConnectionRefused);
+        }
+    }
+    assert_eq!((scene.rebound()?, scene.counter("suspected")?), (0, 0));
+    // The same, once it is enrolled: its word counts.
+    scene.announce(&stranger, &Terms { not_enrolled: false, ..terms })?;
+    let mut stream = connect_from(&stranger.place, SocketAddr::new(scene.webs[0].pod.v4(), PORT))?;
+    assert_eq!(who(&mut stream)?, "web-2");
+    assert_eq!((scene.rebound()?, scene.counter("suspected")?), (1, 1));
+    Ok(())
+}
+
+#[test]
+fn a_client_in_the_nodes_own_network_is_rebound_too() -> Result<()> {
+    let (layers, agent_args) = ("l3".into(), vec!["--host".to_owned()]);
+    let scene = Scene::new(&SceneSpec { layers, agent_args, ..SceneSpec::default() })?;
+    kill(&scene.webs[0]);
+    for family in Family::BOTH {
+        let before = scene.rebound()?;
+        for _ in 0..OFTEN {
+            let mut stream = connect_from(&scene.lab.node(1).host, scene.vip(family))?;
+            assert_eq!(who(&mut stream)?, "web-2");
+        }
+        assert!(scene.rebound()? > before, "no connect was rebound");
+    }
     Ok(())
 }
 

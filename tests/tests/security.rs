@@ -44,7 +44,7 @@ const CLIENT_PORT: u16 = 41_000;
 fn pending(family: Family) -> Result<Pending> {
     // Silence alone moves nothing here: only an answer may.
     let agent_args = vec!["--syn-limit".to_owned(), "0".to_owned()];
-    let scene = Scene::new(&SceneSpec { layers: "l3".into(), agent_args, ..SceneSpec::default() })?;
+    let scene = Scene::new(&SceneSpec { layers: "l2,l3".into(), agent_args, ..SceneSpec::default() })?;
     let gateway = scene.lab.node(1).add_pod("gateway")?;
     scene.announce(&gateway, &Terms { gateway: true, ..Terms::default() })?;
     let attacker = scene.lab.node(1).add_pod("attacker")?;
@@ -102,6 +102,7 @@ impl Pending {
         stream.set_read_timeout(Some(Duration::from_secs(5)))?;
         assert_eq!(who(&mut stream)?, "web-1");
         assert_eq!(self.scene.rebound()?, 1);
+        assert_eq!(self.scene.counter("suspected")?, 1, "it takes the backend out as well");
         Ok(())
     }
 }

@@ -11,9 +11,11 @@ use tonic::{
 };
 
 use super::protocol::{
-    Connection, Drain, EndpointRow, EventRow, GetStatusRequest, ListConnectionsRequest, ListDrainsRequest,
-    ListEndpointsRequest, Status, WatchEventsRequest, admin_client::AdminClient,
+    Connection, Drain, DumpStateRequest, EndpointRow, EventRow, GetConfigRequest, GetStatusRequest,
+    ListConnectionsRequest, ListDrainsRequest, ListEndpointsRequest, Setting, Status, WatchEventsRequest,
+    admin_client::AdminClient,
 };
+use crate::model::{Object, Snapshot};
 
 /// No agent answers at the socket.
 #[derive(Debug, thiserror::Error)]
@@ -90,6 +92,22 @@ impl Client {
         Ok(rows)
     }
 
+    /// Every option in force.
+    pub fn config(&mut self) -> anyhow::Result<Vec<Setting>> {
+        Ok(one(&self.runtime, self.admin.get_config(GetConfigRequest {}))?.settings)
+    }
+
+    /// The desired state as the agent holds it.
+    pub fn state(&mut self) -> anyhow::Result<Snapshot> {
+        let mut objects = Vec::new();
+        each(&self.runtime, self.admin.dump_state(DumpStateRequest {}), |object| {
+            let parsed = serde_json::from_str::<Object>(&object.json);
+            objects.push(parsed.with_context(|| format!("the agent told of {}: another version?", object.json))?);
+            Ok(true)
+        })?;
+        Ok(objects.into_iter().collect())
+    }
+
     /// Reads events until the agent or `take` ends it (by `Ok(false)`).
     pub fn events(&mut self, follow: bool, take: impl FnMut(EventRow) -> anyhow::Result<bool>) -> anyhow::Result<()> {
         each(&self.runtime, self.admin.watch_events(WatchEventsRequest { follow }), take)
@@ -128,6 +146,7 @@ fn explain(status: tonic::Status) -> anyhow::Error {
     match status.code() {
         Code::Unimplemented => anyhow!("the agent is of another version and does not know this request: upgrade it"),
         // What the transport says of itself ("transport error") helps nobody.
+        // "Not connected", when it left before the request was on its way.
         Code::Unknown | Code::Cancelled | Code::Internal | Code::Unavailable => {
             anyhow!("the agent left while it answered ({})", status.message())
         }

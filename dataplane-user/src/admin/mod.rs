@@ -12,7 +12,7 @@ use std::path::{Path, PathBuf};
 
 use tokio::sync::{broadcast, mpsc, oneshot};
 
-use crate::metrics::Facts;
+use crate::{config::in_force::Setting, metrics::Facts, model::Object};
 use protocol::{Drain, EndpointRow, EventRow, Status};
 pub use server::{Server, serve};
 
@@ -31,6 +31,9 @@ pub enum Query {
     /// For metrics, and for the health of the loop itself.
     Facts(oneshot::Sender<Box<Facts>>),
     Drains(oneshot::Sender<Vec<Drain>>),
+    Config(oneshot::Sender<Vec<Setting>>),
+    /// The desired state; piece by piece, as fast as it is taken.
+    State(mpsc::Sender<Vec<Object>>),
     /// The last events, and those to come.
     Events(oneshot::Sender<(Vec<EventRow>, broadcast::Receiver<EventRow>)>),
 }

@@ -3,6 +3,7 @@
 use std::collections::BTreeMap;
 
 use crate::{
+    config::in_force,
     kernel::{LinkState, Occupancy},
     metrics::drains::{self, Signal},
     registry::address,
@@ -23,9 +24,10 @@ mod generated {
 }
 
 pub use generated::{
-    Agent, Backend as BackendRow, Connection, Drain, Endpoint as EndpointRow, Event as EventRow, GetStatusRequest,
-    Hook, KernelSide, Link, ListConnectionsRequest, ListDrainsRequest, ListEndpointsRequest, Map, Objects,
-    Pod as PodRow, Source, Status, WatchEventsRequest, admin_client, admin_server,
+    Agent, Backend as BackendRow, Config, Connection, Drain, DumpStateRequest, Endpoint as EndpointRow,
+    Event as EventRow, GetConfigRequest, GetStatusRequest, Hook, KernelSide, Link, ListConnectionsRequest,
+    ListDrainsRequest, ListEndpointsRequest, Map, Objects, Pod as PodRow, Setting, Source, StateObject, Status,
+    WatchEventsRequest, admin_client, admin_server,
 };
 
 /// Names for the numbers in an event.
@@ -186,6 +188,12 @@ impl From<&drains::Drain> for Drain {
             failed: drain.failed,
             returned: drain.returned,
         }
+    }
+}
+
+impl From<in_force::Setting> for Setting {
+    fn from(setting: in_force::Setting) -> Self {
+        Self { key: setting.key, value: setting.value.to_string(), from: setting.from.to_string() }
     }
 }
 

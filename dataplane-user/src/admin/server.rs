@@ -10,8 +10,8 @@ use tonic::{Request, Response};
 use super::{
     Query,
     protocol::{
-        Connection, Drain, EndpointRow, EventRow, GetStatusRequest, ListConnectionsRequest, ListDrainsRequest,
-        ListEndpointsRequest, Status, WatchEventsRequest,
+        Config, Connection, Drain, DumpStateRequest, EndpointRow, EventRow, GetConfigRequest, GetStatusRequest,
+        ListConnectionsRequest, ListDrainsRequest, ListEndpointsRequest, StateObject, Status, WatchEventsRequest,
         admin_server::{Admin, AdminServer},
         counters,
     },
@@ -137,6 +137,24 @@ impl Admin for Service {
         let now = monotonic_ns();
         let rows = flows.into_iter().map(move |(key, flow)| Ok(Connection::new(&key, &flow, now)));
         Ok(Response::new(Box::pin(stream::iter(rows))))
+    }
+
+    async fn get_config(&self, _: Request<GetConfigRequest>) -> Answer<Config> {
+        let settings = self.ask(Query::Config).await?;
+        Ok(Response::new(Config { settings: settings.into_iter().map(Into::into).collect() }))
+    }
+
+    type DumpStateStream = Pieces<StateObject>;
+
+    async fn dump_state(&self, _: Request<DumpStateRequest>) -> Answer<Self::DumpStateStream> {
+        let (to, pieces) = mpsc::channel(PIECES);
+        self.queries.send(Query::State(to)).await.map_err(|_| stopping())?;
+        let encode = |object| match serde_json::to_string(&object) {
+            Ok(json) => Ok(StateObject { json }),
+            Err(error) => Err(tonic::Status::internal(error.to_string())),
+        };
+        let objects = ReceiverStream::new(pieces).flat_map(stream::iter);
+        Ok(Response::new(Box::pin(objects.map(encode))))
     }
 
     type WatchEventsStream = Pieces<EventRow>;

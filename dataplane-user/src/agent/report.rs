@@ -13,6 +13,7 @@ use crate::{
     config::{self, Config},
     kernel::monotonic_ns,
     metrics::Facts,
+    model::Object,
 };
 
 /// How many services are told of before others of the agent's thread have their turn.
@@ -24,6 +25,8 @@ pub fn answer(query: Query, core: &Shared, config: &Config, started: Instant) {
         Query::Status(to) => drop(to.send(status(&core.borrow(), config, started))),
         Query::Endpoints(service, to) => drop(tokio::task::spawn_local(endpoints(core.clone(), service, to))),
         Query::Facts(to) => drop(to.send(Box::new(facts(&core.borrow(), config)))),
+        Query::Config(to) => drop(to.send(config.settings(core.borrow().kernel.cgroup()))),
+        Query::State(to) => drop(tokio::task::spawn_local(state(core.clone(), to))),
         Query::Drains(to) => drop(to.send(core.borrow().drains.iter().map(Into::into).collect())),
         Query::Events(to) => {
             let core = core.borrow();
@@ -122,5 +125,21 @@ async fn endpoints(core: Shared, service: Option<String>, to: mpsc::Sender<Vec<E
         let now = monotonic_ns();
         let rows = names.iter().flat_map(|name| core.registry.rows(name));
         place.send(rows.map(|row| EndpointRow::new(row, |id| core.kernel.health(id), now)).collect());
+    }
+}
+
+/// Likewise: an object that changes meanwhile is told as it is when its turn comes.
+async fn state(core: Shared, to: mpsc::Sender<Vec<Object>>) {
+    let mut parts = core.borrow().registry.parts();
+    // Of 100,000 pods this takes longer than an event may wait.
+    let sorted = tokio::task::spawn_blocking(move || {
+        parts.sort_unstable();
+        parts
+    });
+    let Ok(parts) = sorted.await else { return };
+    for parts in parts.chunks(SERVICES_AT_A_TIME) {
+        let Ok(place) = to.reserve().await else { return };
+        let core = core.borrow();
+        place.send(parts.iter().flat_map(|part| core.registry.told(part)).collect());
     }
 }

@@ -1,5 +1,6 @@
 //! The command line: `hitless run` and what looks after it.
 
+mod config;
 mod doctor;
 mod endpoints;
 mod events;
@@ -10,11 +11,14 @@ mod table;
 use std::{io::Write, path::PathBuf, process::ExitCode};
 
 use anyhow::Context;
-use clap::{Args, CommandFactory, Parser, Subcommand, ValueEnum};
+use clap::{ArgMatches, Args, CommandFactory, FromArgMatches, Parser, Subcommand, ValueEnum, parser::ValueSource};
 use serde::Serialize;
 
 use crate::{
-    config::{Options, Place},
+    config::{
+        Options, Place,
+        in_force::{Origin, Origins},
+    },
     kernel,
 };
 
@@ -69,6 +73,9 @@ enum Command {
     /// Rollouts that the agent remembers
     #[command(subcommand)]
     Rollout(RolloutCommand),
+    /// What a running agent was told
+    #[command(subcommand)]
+    Config(ConfigCommand),
     /// Check this machine: kernel, BTF, cgroup2, bpffs, capabilities, limits; each lack with its remedy
     #[command(after_help = "Exit status: 0 hitless works here; 1 it does not.")]
     Doctor(LookArgs),
@@ -100,6 +107,15 @@ enum RolloutCommand {
     Report(LookArgs),
 }
 
+#[derive(Debug, Subcommand)]
+enum ConfigCommand {
+    /// Print every option that is in force and where it was set; or the desired state
+    #[command(after_help = "Examples:
+  hitless config dump > config.yaml                   # hitless run --config config.yaml
+  hitless config dump --state > services.yaml         # hitless run --source file:services.yaml")]
+    Dump(config::DumpArgs),
+}
+
 const RUN_HELP: &str = "\
 Examples:
   hitless run --source file:/etc/hitless/services.yaml
@@ -123,14 +139,21 @@ struct RunArgs {
     output: Output,
 }
 
-/// What the commands that look at an agent share.
+/// Which agent is meant.
 #[derive(Args, Debug)]
-struct LookArgs {
+struct AgentArgs {
     /// Configuration file that the agent was given, for the places below
     #[arg(short, long, env = "HITLESS_CONFIG", value_name = "FILE")]
     config: Option<PathBuf>,
     #[command(flatten)]
     place: Place,
+}
+
+/// What the commands that look at an agent share.
+#[derive(Args, Debug)]
+struct LookArgs {
+    #[command(flatten)]
+    agent: AgentArgs,
     #[arg(
         short,
         long,
@@ -149,7 +172,7 @@ enum Output {
     Json,
 }
 
-impl LookArgs {
+impl AgentArgs {
     fn place(&self) -> anyhow::Result<Place> {
         Ok(match &self.config {
             Some(path) => self.place.clone().over(Options::read(path)?.place),
@@ -166,9 +189,20 @@ impl LookArgs {
     }
 }
 
+impl LookArgs {
+    fn socket(&self) -> anyhow::Result<PathBuf> {
+        self.agent.socket()
+    }
+
+    fn kernel(&self) -> anyhow::Result<kernel::Config> {
+        self.agent.kernel()
+    }
+}
+
 /// Runs the command that the arguments name.
 pub fn main() -> ExitCode {
-    let cli = Cli::parse();
+    let matches = Cli::command().get_matches();
+    let cli = Cli::from_arg_matches(&matches).unwrap_or_else(|error| error.exit());
     let output = match &cli.command {
         Command::Run(args) => args.output,
         Command::Status(look)
@@ -179,9 +213,10 @@ pub fn main() -> ExitCode {
         | Command::Rollout(RolloutCommand::Report(look))
         | Command::Doctor(look)
         | Command::Uninstall(look) => look.output,
-        Command::Completions { .. } | Command::Canary => Output::Table,
+        Command::Config(ConfigCommand::Dump(args)) if args.output == config::Format::Json => Output::Json,
+        Command::Config(_) | Command::Completions { .. } | Command::Canary => Output::Table,
     };
-    match run(cli.command) {
+    match run(cli.command, &matches) {
         Ok(code) => code,
         // Whoever read our output has left: `hitless events | head`.
         Err(error) if is_broken_pipe(&error) => ExitCode::SUCCESS,
@@ -195,11 +230,15 @@ pub fn main() -> ExitCode {
     }
 }
 
-fn run(command: Command) -> anyhow::Result<ExitCode> {
+fn run(command: Command, matches: &ArgMatches) -> anyhow::Result<ExitCode> {
     match command {
         Command::Run(args) => {
             let file = args.config.as_deref().map(Options::read).transpose()?.unwrap_or_default();
-            crate::agent::run(args.options.over(file).resolve()?).map(|()| ExitCode::SUCCESS)
+            let given = args.options.over(file);
+            let origins = origins(&given, matches);
+            let mut config = given.resolve()?;
+            config.origins = origins;
+            crate::agent::run(config).map(|()| ExitCode::SUCCESS)
         }
         Command::Status(look) => status::run(&look),
         Command::Endpoints { service, look } => endpoints::run(service, &look),
@@ -207,14 +246,32 @@ fn run(command: Command) -> anyhow::Result<ExitCode> {
         Command::Connections(look) => rollout::connections(&look),
         Command::Drain(DrainCommand::Watch { once, look }) => rollout::watch(!once, &look),
         Command::Rollout(RolloutCommand::Report(look)) => rollout::report(&look),
+        Command::Config(ConfigCommand::Dump(args)) => config::dump(&args),
         Command::Doctor(look) => doctor::run(&look),
         Command::Uninstall(look) => uninstall(&look),
         Command::Completions { shell } => {
-            clap_complete::generate(shell, &mut Cli::command(), "hitless", &mut std::io::stdout());
+            clap_complete::generate(shell, &mut for_people(), "hitless", &mut std::io::stdout());
             Ok(ExitCode::SUCCESS)
         }
         Command::Canary => Ok(kernel::canary::serve().map(|()| ExitCode::SUCCESS)?),
     }
+}
+
+/// The commands without the hidden ones, which completions would offer.
+fn for_people() -> clap::Command {
+    let all = Cli::command();
+    let shown: Vec<_> = all.get_subcommands().filter(|command| !command.is_hide_set()).cloned().collect();
+    clap::Command::new("hitless").version(env!("CARGO_PKG_VERSION")).subcommands(shown)
+}
+
+/// Where the options of `run` were set.
+fn origins(given: &Options, matches: &ArgMatches) -> Origins {
+    let run = matches.subcommand_matches("run");
+    given.origins(|id| match run?.value_source(id)? {
+        ValueSource::CommandLine => Some(Origin::Flag),
+        ValueSource::EnvVariable => Some(Origin::Environment),
+        _ => None,
+    })
 }
 
 fn uninstall(look: &LookArgs) -> anyhow::Result<ExitCode> {
@@ -263,11 +320,34 @@ mod tests {
         Cli::command().debug_assert();
     }
 
+    /// The commands that do something and have no `--output json`.
+    fn without_json(command: &clap::Command) -> Vec<&str> {
+        let below: Vec<_> = command.get_subcommands().filter(|command| !command.is_hide_set()).collect();
+        if !below.is_empty() {
+            return below.into_iter().flat_map(without_json).collect();
+        }
+        let json = command
+            .get_arguments()
+            .filter(|argument| argument.get_long() == Some("output"))
+            .any(|argument| argument.get_possible_values().iter().any(|value| value.get_name() == "json"));
+        if json { Vec::new() } else { vec![command.get_name()] }
+    }
+
     #[test]
     fn every_command_takes_output_json() {
-        for command in ["status", "endpoints", "events", "doctor", "uninstall"] {
-            Cli::try_parse_from(["hitless", command, "--output", "json"]).unwrap();
-        }
-        Cli::try_parse_from(["hitless", "run", "--source", "file:/x", "--output", "json"]).unwrap();
+        // A completion script is for a shell.
+        assert_eq!(without_json(&Cli::command()), ["completions"]);
+        Cli::try_parse_from(["hitless", "drain", "watch", "--once", "--output", "json"]).unwrap();
+    }
+
+    #[test]
+    fn clap_tells_of_every_option_by_its_name_where_it_was_set() {
+        let args = ["hitless", "run", "--source=file:/x", "--syn-limit=4", "--sizes=pods=7", "--host"];
+        let matches = Cli::command().get_matches_from(args);
+        let Command::Run(args) = Cli::from_arg_matches(&matches).unwrap().command else { panic!("it is run") };
+        let file: Options = serde_saphyr::from_str("{syn-limit: 5, name: x}").unwrap();
+        let origins = origins(&args.options.over(file), &matches);
+        let told: Vec<_> = origins.iter().map(|(key, from)| format!("{key} {from}")).collect();
+        assert_eq!(told, ["host flag", "name file", "sizes flag", "source flag", "syn-limit flag"]);
     }
 }

@@ -314,6 +314,8 @@ pub fn load_nothing(kind: ProgramKind) -> io::Result<OwnedFd> {
     bpf(PROG_LOAD, &mut attributes).map(owned)
 }
 
+/// To its end: kernels from 6.17 on write `revision`, however short a struct they were passed (commit 120933984460;
+/// mended by 21c4b99b27f3 in 7.2).
 #[repr(C)]
 struct ProgramQuery {
     target_fd: u32,
@@ -323,7 +325,11 @@ struct ProgramQuery {
     program_ids: u64,
     program_count: u32,
     _pad: u32,
+    _later: [u64; 3],
+    _revision: u64,
 }
+
+const _: () = assert!(size_of::<ProgramQuery>() == 64);
 
 /// The identifiers of the programs that run at a cgroup's hook, those of its ancestors included.
 pub fn cgroup_programs(cgroup: BorrowedFd<'_>, attach: Attach) -> io::Result<Vec<u32>> {
@@ -339,6 +345,8 @@ pub fn cgroup_programs(cgroup: BorrowedFd<'_>, attach: Attach) -> io::Result<Vec
         program_ids: ids.as_mut_ptr() as u64,
         program_count: ids.len() as u32,
         _pad: 0,
+        _later: [0; 3],
+        _revision: 0,
     };
     bpf(PROG_QUERY, &mut attributes)?;
     ids.truncate(attributes.program_count as usize);

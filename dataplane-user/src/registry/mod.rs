@@ -9,6 +9,7 @@ pub mod address;
 mod backends;
 mod boot;
 pub mod change;
+pub mod dump;
 mod frontends;
 mod groups;
 mod hash;

@@ -237,7 +237,7 @@ impl Registry {
             .collect()
     }
 
-    fn frontends_of(&self, index: Index) -> Vec<(Index, Endpoint)> {
+    pub(super) fn frontends_of(&self, index: Index) -> Vec<(Index, Endpoint)> {
         let service = &self.services[index];
         if !service.declared {
             return Vec::new();

@@ -286,6 +286,13 @@ impl Node {
     }
 }
 
+/// All that the registry tells.
+fn dump(registry: &Registry) -> Snapshot {
+    let mut parts = registry.parts();
+    parts.sort_unstable();
+    parts.iter().flat_map(|part| registry.told(part)).collect()
+}
+
 fn names(kind: &'static str, count: u8) -> impl Strategy<Value = Arc<str>> {
     (0..count).prop_map(move |n| Arc::from(format!("{kind}{n}")))
 }
@@ -413,6 +420,23 @@ proptest! {
         // Saying the same again writes nothing.
         let (again, _) = node.apply(Event::Sync { state: desired.snapshot() });
         prop_assert_eq!(again, vec![]);
+    }
+
+    #[test]
+    fn the_state_that_is_told_makes_the_same_kernel_state_and_is_told_again(
+        events in prop::collection::vec(event(), 1..40),
+    ) {
+        let mut node = Node::new(Kernel::default());
+        node.apply(Event::Sync { state: Snapshot::default() });
+        for event in events {
+            node.apply(event);
+        }
+        let told = dump(&node.registry);
+        let mut again = Node::new(Kernel::default());
+        let state = told.clone();
+        again.apply(Event::Sync { state });
+        prop_assert_eq!(again.canonical(), node.canonical());
+        prop_assert_eq!(dump(&again.registry), told);
     }
 
     #[test]

@@ -79,23 +79,23 @@ impl Registry {
     /// Every backend of a service, by port and address.
     pub fn rows(&self, service: &str) -> Vec<Row> {
         let mut found = Vec::new();
-        let record = self.service_index.get(service).map(|&index| &self.services[index]);
-        let Some(record) = record.filter(|record| record.declared) else { return found };
+        let Some(&service) = self.service_index.get(service) else { return found };
+        let record = &self.services[service];
+        let all_frontends = self.frontends_of(service);
         for &index in &record.ports {
             let port = &self.ports[index];
-            let Some((number, protocol)) = port.declared else { continue };
+            let Some((_, protocol)) = port.declared else { continue };
             for family in Family::BOTH {
                 let id = port.ids[family as usize];
                 if id == 0 {
                     continue;
                 }
-                let mut addresses = record.addresses.clone();
-                addresses.retain(|&ip| Family::of(&address::addr(ip)) == family);
+                let frontends = all_frontends.iter().filter(|(of, at)| *of == index && Family::of(&at.addr) == family);
                 let row = Row {
                     service: record.name.clone(),
                     port: port.name.clone(),
                     protocol,
-                    frontends: addresses.into_iter().map(|ip| SocketAddr::new(ip, number)).collect(),
+                    frontends: frontends.map(|(_, at)| address::socket(at)).collect(),
                     backend: None,
                 };
                 let before = found.len();

@@ -2,6 +2,7 @@
 //! containerd and kubelet, joined to the control plane by veth, and everything is removed with the lab's means.
 
 pub mod agent;
+pub mod api;
 pub mod bridge;
 pub mod command;
 pub mod control;

@@ -135,7 +135,7 @@ fn install(why: &str, packages: &[&str]) -> Result<()> {
 }
 
 /// Runs `make` unless `path` is there; of several processes one makes it, and the others wait.
-fn once(path: &Path, make: impl FnOnce() -> Result<()>) -> Result<()> {
+pub fn once(path: &Path, make: impl FnOnce() -> Result<()>) -> Result<()> {
     if path.exists() {
         return Ok(());
     }
@@ -206,7 +206,7 @@ fn executable(path: &Path) -> Result<()> {
 }
 
 /// `$HITLESS_CACHE`, else `$XDG_CACHE_HOME/hitless`, else `~/.cache/hitless`, as in xtask.
-fn cache() -> Result<PathBuf> {
+pub fn cache() -> Result<PathBuf> {
     let dir = env::var_os("HITLESS_CACHE")
         .map(PathBuf::from)
         .or_else(|| env::var_os("XDG_CACHE_HOME").map(|dir| PathBuf::from(dir).join("hitless")))

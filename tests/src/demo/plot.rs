@@ -140,3 +140,40 @@ fn font<'a>(size: i32, color: &'a RGBColor) -> TextStyle<'a> {
 fn error<E: std::error::Error + Send + Sync>(error: DrawingAreaErrorKind<E>) -> anyhow::Error {
     anyhow!("{error}")
 }
+
+#[cfg(test)]
+mod tests {
+    use clap::Parser;
+
+    use super::*;
+
+    #[derive(Parser)]
+    struct Demo {
+        #[command(flatten)]
+        options: Options,
+    }
+
+    #[test]
+    fn the_picture_is_an_svg_or_a_png_by_its_name() {
+        let options = Demo::parse_from(["demo"]).options;
+        let (classic, hitless) = (Run::of(Mode::Classic, 750, 25), Run::of(Mode::Hitless, 750, 0));
+        let classic = Run { failures_us: vec![1_200_000; 25], deaths_us: vec![1_000_000], ..classic };
+        let runs = [classic, hitless].map(|run| Run { end_us: 3_000_000, ..run });
+        let directory = tempfile::tempdir().expect("a directory");
+        let drawn = |name: &str| {
+            let path = directory.path().join(name);
+            check(&path).expect("can be drawn");
+            draw(&path, &options, &runs).expect("drawn");
+            std::fs::read(path).expect("written")
+        };
+        let svg = String::from_utf8(drawn("demo.svg")).expect("text");
+        for said in ["classic: 25 of 750 requests lost", "hitless: 0 of 750 requests lost"] {
+            assert!(svg.contains(said), "{said:?} is not in the picture");
+        }
+        let png = drawn("demo.png");
+        // Its signature, then the header: width and height.
+        assert_eq!(png[..8], *b"\x89PNG\r\n\x1a\n");
+        assert_eq!(png[16..24], [WIDTH.to_be_bytes(), (HEADER + 2 * ROW + FOOTER).to_be_bytes()].concat());
+        assert!(check(Path::new("demo.gif")).is_err());
+    }
+}

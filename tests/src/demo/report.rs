@@ -3,7 +3,7 @@
 use std::path::Path;
 
 use anyhow::{Context, Result};
-use serde_json::json;
+use serde_json::{Value, json};
 
 use super::{Mode, Options, rollout::Run};
 
@@ -82,6 +82,11 @@ pub(super) fn count(times: &[u64], start_us: u64, column_us: u64, columns: usize
 }
 
 pub(super) fn write_json(path: &Path, runs: &[Run]) -> Result<()> {
+    let text = serde_json::to_string_pretty(&figures(runs))?;
+    std::fs::write(path, text + "\n").with_context(|| format!("write {}", path.display()))
+}
+
+fn figures(runs: &[Run]) -> Value {
     let runs: Vec<_> = runs
         .iter()
         .map(|run| {
@@ -96,8 +101,7 @@ pub(super) fn write_json(path: &Path, runs: &[Run]) -> Result<()> {
             })
         })
         .collect();
-    let text = serde_json::to_string_pretty(&json!({ "runs": runs }))?;
-    std::fs::write(path, text + "\n").with_context(|| format!("write {}", path.display()))
+    json!({ "runs": runs })
 }
 
 /// The demo's promise: classic shows the problem, hitless does not have it.
@@ -117,4 +121,38 @@ pub(super) fn verdict(runs: &[Run]) -> bool {
         }
     }
     good
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::demo::rollout::Percentiles;
+
+    #[test]
+    fn the_json_has_the_promised_keys() {
+        let connect = Percentiles { p50: 90, p99: 400, max: 900 };
+        let run = Run { rebound: 7, deaths_us: vec![1, 2, 3], connect, ..Run::of(Mode::L3, 750, 2) };
+        let json = figures(&[run]);
+        let promised = json!({
+            "mode": "l3", "requests": 750, "failed": 2, "pod_deaths": 3, "rebound": 7,
+            "connect_us": {"p50": 90, "p99": 400, "max": 900},
+        });
+        let said = json["runs"][0].as_object().expect("an object");
+        for (key, value) in promised.as_object().expect("an object") {
+            assert_eq!(said.get(key), Some(value), "{key}");
+        }
+        let modes = [Mode::Classic, Mode::L1, Mode::L2, Mode::L3, Mode::Hitless].map(Mode::name);
+        assert_eq!(modes, ["classic", "l1", "l2", "l3", "hitless"]);
+    }
+
+    #[test]
+    fn a_demo_fails_when_classic_loses_nothing_or_hitless_something() {
+        let good = |runs: &[(Mode, u64)]| {
+            verdict(&runs.iter().map(|&(mode, failed)| Run::of(mode, 750, failed)).collect::<Vec<_>>())
+        };
+        assert!(good(&[(Mode::Classic, 25), (Mode::L2, 16), (Mode::Hitless, 0)]));
+        assert!(!good(&[(Mode::Classic, 0), (Mode::Hitless, 0)]));
+        assert!(!good(&[(Mode::Classic, 25), (Mode::Hitless, 1)]));
+        assert!(good(&[(Mode::L1, 0), (Mode::L3, 0)]), "a layer alone promises nothing");
+    }
 }

@@ -51,6 +51,26 @@ pub(super) struct Run {
     pub latency: Percentiles,
 }
 
+#[cfg(test)]
+impl Run {
+    /// A run that never was.
+    pub(super) fn of(mode: Mode, requests: u64, failed: u64) -> Self {
+        Self {
+            mode,
+            requests,
+            failed,
+            rebound: 0,
+            start_us: 0,
+            end_us: 0,
+            deaths_us: Vec::new(),
+            failures_us: Vec::new(),
+            reasons: Vec::new(),
+            connect: Percentiles::default(),
+            latency: Percentiles::default(),
+        }
+    }
+}
+
 #[derive(Clone, Copy, Debug, Default)]
 pub(super) struct Percentiles {
     pub p50: u64,

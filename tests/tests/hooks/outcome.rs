@@ -194,6 +194,25 @@ fn the_last_listeners_close_refuses_and_a_relisten_brings_back() {
     assert!(told.iter().all(|event| [8080, 8081].contains(&u16::from_be(event.port_be))));
 }
 
+#[test]
+fn a_full_ring_of_events_is_counted_and_harms_nothing() {
+    let mut node = Node::new(0, |_| {});
+    let backend = node.serve("10.96.0.1:80", TCP, &[A]).backends[0];
+    node.told();
+    // Nobody reads. Each turn tells of a listener that opened, and that it closed: twice what the ring takes.
+    let turns = 1000;
+    node.inside(|| (0..turns).for_each(|_| drop(TcpListener::bind(A).expect("listen"))));
+    assert_eq!(node.class(&backend), Class::Refusing, "the health word needs no record");
+    let lost = node.counter(Stat::EventsLost);
+    assert!(lost > 0, "the ring takes more than was thought");
+    assert_eq!(node.told().len() as u64 + lost, 2 * turns, "each was told or is counted");
+    let _again = node.inside(|| TcpListener::bind(A).expect("listen"));
+    assert_eq!(node.class(&backend), Class::Live);
+    let told: Vec<u32> = node.told().iter().map(|event| event.kind).collect();
+    assert_eq!(told, [EVENT_LISTENER_OPENED], "there is room again");
+    assert_eq!(node.counter(Stat::EventsLost), lost);
+}
+
 /// A listener that shares its port, which std's does not.
 fn reusing(at: &str) -> OwnedFd {
     use nix::sys::socket::{

@@ -8,7 +8,7 @@ use std::{
 use dataplane_ebpf::abi::Stat;
 use dataplane_user::registry::change::Netns;
 use hitless_tests::lab::{
-    Pod, Topology,
+    Pod, PodOptions, Topology,
     net::{Family, connect, ip},
 };
 use nix::sys::socket::{SockaddrStorage, bind, setsockopt, sockopt};
@@ -75,6 +75,52 @@ fn a_port_that_is_reused_starts_with_nothing() {
         exchange(&stream, 1);
         assert_eq!(bench.stat(Stat::ReboundRst), moved);
     }
+}
+
+/// A pod is deleted while its moved flow is open; the next pod has its address, and connects from the same port.
+#[test]
+fn a_new_pod_with_an_old_pods_address_starts_with_nothing() {
+    let mut bench = Bench::new(Topology::Bridge, &[1, 2]);
+    let live = Server::start(&bench.backends[1], b'b');
+    let pod = |bench: &mut Bench, name: &str| {
+        let pod = bench.lab.node(1).add_pod_with(name, PodOptions { number: Some(77) }).expect("a pod");
+        bench.enroll(Netns::Path(pod.netns_path().to_owned()), 0);
+        pod
+    };
+    let old = pod(&mut bench, "old");
+    let addresses = old.addresses();
+    let open = Family::BOTH.map(|family| {
+        let mut stream = connect(socket_on(&old, family, 40_003), Bench::service(family)).expect("connects");
+        assert_eq!(hear(&mut stream), b'b');
+        stream
+    });
+    assert_eq!(bench.stat(Stat::ReboundRst), 2);
+    // Its interface goes first: nobody hears that the connections end.
+    old.delete().expect("deleted");
+    drop(open);
+    let new = pod(&mut bench, "new");
+    assert_eq!(new.addresses(), addresses);
+    // The second backend still holds the old pod's connections, and its entries are there, too.
+    for family in Family::BOTH {
+        let mut stream = connect(socket_on(&new, family, 40_003), Bench::service(family)).expect("connects");
+        assert_eq!(hear(&mut stream), b'b', "{family:?}");
+        exchange(&stream, 1);
+        setsockopt(&stream, sockopt::Linger, &libc::linger { l_onoff: 1, l_linger: 0 }).expect("an option");
+    }
+    assert_eq!(bench.stat(Stat::ReboundRst), 4);
+    let newest = {
+        new.delete().expect("deleted");
+        pod(&mut bench, "newest")
+    };
+    // The first backend lives again, and a connection to it is what it seems to be.
+    let _first = Server::start(&bench.backends[0], b'a');
+    for family in Family::BOTH {
+        let mut stream = connect(socket_on(&newest, family, 40_003), Bench::service(family)).expect("connects");
+        assert_eq!(hear(&mut stream), b'a', "{family:?}: entries of another pod's flow must be forgotten");
+        exchange(&stream, 1);
+    }
+    assert_eq!(bench.stat(Stat::ReboundRst), 4);
+    drop(live);
 }
 
 /// A connection straight to the backend that a moved flow of the same port lives on: on the wire

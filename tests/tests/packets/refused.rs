@@ -1,15 +1,12 @@
 //! A connect that is refused, or not answered, ends on another backend.
 
-use std::{io::ErrorKind, process::Command, time::Duration};
+use std::{io::ErrorKind, net::UdpSocket, os::fd::AsRawFd as _, time::Duration};
 
 use dataplane_ebpf::abi::{SERVICE_PINNED, Service, Stat};
 use dataplane_user::registry::change::Change;
-use hitless_tests::{
-    cluster::parts::needs,
-    lab::{
-        Topology,
-        net::{Family, ip},
-    },
+use hitless_tests::lab::{
+    Topology,
+    net::{Family, ip},
 };
 
 use crate::bench::{Bench, HOST, Server, connect_from, exchange, hear, service_id, timed};
@@ -36,15 +33,12 @@ fn a_refused_connect_ends_on_another_backend_without_the_application_noticing() 
 /// shows whether what is left in the packet is right.
 #[test]
 fn checksums_are_right_whoever_finishes_them() {
-    needs(&["ethtool"], "ethtool").expect("the package");
     for (client_finishes, peers_finish) in [(true, false), (false, true), (true, true)] {
         let bench = Bench::new(Topology::Bridge, &[1, 1]);
         let _live = Server::start(&bench.backends[1], b'b');
         let finishing = [&bench.client].into_iter().filter(|_| client_finishes);
         for pod in finishing.chain(bench.backends.iter().filter(|_| peers_finish)) {
-            let ethtool = || Command::new("ethtool").args(["-K", "eth0", "tx", "off"]).output().expect("ethtool");
-            let output = pod.place.netns.enter(ethtool).expect("enter");
-            assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+            pod.place.netns.enter(finish_checksums).expect("enter");
         }
         for family in Family::BOTH {
             let mut stream = bench.connect(family).expect("connects");
@@ -55,6 +49,31 @@ fn checksums_are_right_whoever_finishes_them() {
         // No SYN was thrown away and sent again: nobody is left that it could be moved to.
         assert_eq!(bench.stat(Stat::Exhausted), 0, "client finishes: {client_finishes}, peers: {peers_finish}");
     }
+}
+
+/// `ethtool -K eth0 tx off`: the device no longer takes packets whose checksum is unfinished.
+fn finish_checksums() {
+    /// linux/sockios.h, linux/ethtool.h
+    const SIOCETHTOOL: u32 = 0x8946;
+    const ETHTOOL_GTXCSUM: u32 = 0x16;
+    const ETHTOOL_STXCSUM: u32 = 0x17;
+    let socket = UdpSocket::bind("0.0.0.0:0").expect("a socket");
+    let ask = |command: u32| {
+        let mut value = [command, 0];
+        // SAFETY: integers and a null pointer all over.
+        let mut request: libc::ifreq = unsafe { std::mem::zeroed() };
+        for (to, from) in request.ifr_name.iter_mut().zip(*b"eth0") {
+            *to = from as libc::c_char;
+        }
+        request.ifr_ifru.ifru_data = value.as_mut_ptr().cast();
+        // SAFETY: the request names a `struct ethtool_value` that outlives the call.
+        let done = unsafe { libc::ioctl(socket.as_raw_fd(), SIOCETHTOOL as _, &raw mut request) };
+        assert_eq!(done, 0, "{}", std::io::Error::last_os_error());
+        value[1]
+    };
+    assert_eq!(ask(ETHTOOL_GTXCSUM), 1, "veth leaves them unfinished");
+    ask(ETHTOOL_STXCSUM);
+    assert_eq!(ask(ETHTOOL_GTXCSUM), 0);
 }
 
 #[test]

@@ -200,16 +200,20 @@ impl Source {
     }
 
     fn failed(&self, collection: &'static str, failure: Failure) {
-        let mut failures = self.failures.borrow_mut();
-        failures.insert(collection, failure);
-        // One server that is gone is one failure, not six.
-        let said: BTreeSet<_> = failures.values().map(|failure| failure.reason.as_str()).collect();
-        let first = said.iter().next().copied().unwrap_or_default();
-        let more = if said.len() > 1 { format!(" (and {} more)", said.len() - 1) } else { String::new() };
-        self.core.borrow_mut().source_failed(format!("{first}{more}"));
+        self.failures.borrow_mut().insert(collection, failure);
+        self.tell_failures();
         if self.waits_for().is_empty() {
             self.pods_changed.notify_one();
         }
+    }
+
+    /// One server that is gone is one failure to tell, not six.
+    fn tell_failures(&self) {
+        let failures = self.failures.borrow();
+        let said: BTreeSet<_> = failures.values().map(|failure| failure.reason.as_str()).collect();
+        let Some(first) = said.first() else { return };
+        let more = if said.len() > 1 { format!(" (and {} more)", said.len() - 1) } else { String::new() };
+        self.core.borrow_mut().source_failed(format!("{first}{more}"));
     }
 
     /// The collections without which nothing can be told yet.
@@ -318,11 +322,9 @@ impl Source {
                 "the cluster has no node of this name: no pod is this node's; give its name with --node-name"
             );
         }
-        let mut core = self.core.borrow_mut();
-        core.apply(Event::Sync { state }, monotonic_ns());
+        self.core.borrow_mut().apply(Event::Sync { state }, monotonic_ns());
         self.live.set(true);
-        if let Some(failure) = self.failures.borrow().values().next() {
-            core.source_failed(failure.reason.clone());
-        }
+        // The whole state is in force, and yet not everything is followed.
+        self.tell_failures();
     }
 }

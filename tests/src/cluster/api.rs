@@ -1,0 +1,115 @@
+//! An API server alone, and an agent that follows it from this machine: objects are what `kubectl` writes, and no
+//! kubelet or controller changes them.
+
+use std::{
+    path::PathBuf,
+    process::Command,
+    time::{Duration, Instant},
+};
+
+use anyhow::{Context, Result, bail};
+use nix::mount::{MsFlags, mount};
+use serde_json::Value;
+
+use super::ControlPlane;
+use crate::{lab::Process, workload::agent_binary};
+
+/// How long the agent may take to show what the API server says.
+const SHOWN_WITHIN: Duration = Duration::from_secs(10);
+
+/// Ends, with its pins, before its API server does.
+pub struct ApiAgent {
+    process: Process,
+    place: Vec<String>,
+}
+
+impl ApiAgent {
+    /// An agent of `node-1`; it need not get ready.
+    pub fn start(control: &ControlPlane, kubeconfig: &str) -> Result<Self> {
+        let site = &control.site;
+        let bpffs = site.file("bpf");
+        if !bpffs.exists() {
+            std::fs::create_dir_all(&bpffs)?;
+            mount(Some("bpf"), &bpffs, Some("bpf"), MsFlags::empty(), None::<&str>).context("mount a bpffs")?;
+        }
+        let cgroup = site.cgroup.join("system");
+        let text = |path: PathBuf| path.to_string_lossy().into_owned();
+        let place = [
+            ("--state-dir", text(site.file("hitless"))),
+            ("--cgroup", text(cgroup)),
+            ("--bpffs", text(bpffs)),
+            ("--name", "api".to_owned()),
+        ];
+        let place: Vec<_> = place.into_iter().flat_map(|(flag, value)| [flag.to_owned(), value]).collect();
+        let mut args = vec![text(agent_binary()?), "run".into()];
+        args.extend(place.iter().cloned());
+        args.extend(["--source", "kube", "--node-name", "node-1", "--metrics-address", "off"].map(str::to_owned));
+        args.extend(["--kubeconfig".to_owned(), text(site.file(&format!("{kubeconfig}.kubeconfig")))]);
+        Ok(Self { process: site.start("hitless", &control.netns, args)?, place })
+    }
+
+    pub fn log(&self) -> String {
+        self.process.log()
+    }
+
+    pub fn kill(&self) -> Result<()> {
+        self.process.sigkill()?;
+        self.process.wait().map(drop)
+    }
+
+    /// `hitless … --output json`.
+    pub fn admin(&self, command: &[&str]) -> Result<Value> {
+        let mut hitless = Command::new(agent_binary()?);
+        let output = hitless.args(command).args(["--output", "json"]).args(&self.place).output()?;
+        // An agent that is not ready says so by its exit status, too.
+        serde_json::from_slice(&output.stdout).with_context(|| {
+            format!("hitless {} prints no JSON: {}", command.join(" "), String::from_utf8_lossy(&output.stderr))
+        })
+    }
+
+    /// Waits until an answer is as wanted.
+    pub fn wait(&self, command: &[&str], what: &str, wanted: impl Fn(&Value) -> bool) -> Result<Value> {
+        let deadline = Instant::now() + SHOWN_WITHIN;
+        loop {
+            let answer = self.admin(command);
+            if let Ok(answer) = &answer
+                && wanted(answer)
+            {
+                return Ok(answer.clone());
+            }
+            if Instant::now() > deadline {
+                bail!(
+                    "not within {SHOWN_WITHIN:?}: {what}; hitless {}: {answer:#?}\n{}",
+                    command.join(" "),
+                    self.log()
+                );
+            }
+            std::thread::sleep(Duration::from_millis(10));
+        }
+    }
+
+    /// Address and what is said of it, of every backend of a service: `10.1.0.1:8080 ready ready`.
+    pub fn backends(&self, service: &str) -> Result<Vec<String>> {
+        let rows = self.admin(&["endpoints", service])?;
+        Ok(said(&rows))
+    }
+
+    /// Waits until a service has just these backends.
+    pub fn wait_backends(&self, service: &str, wanted: &[&str]) -> Result<()> {
+        self.wait(&["endpoints", service], &format!("{service} has {wanted:?}"), |rows| said(rows) == wanted).map(drop)
+    }
+}
+
+fn said(rows: &Value) -> Vec<String> {
+    let text = |value: &Value| value.as_str().unwrap_or_default().to_owned();
+    let backends =
+        rows.as_array().into_iter().flatten().map(|row| &row["backend"]).filter(|backend| backend.is_object());
+    let mut all: Vec<_> = backends
+        .map(|backend| {
+            format!("{} {} {}", text(&backend["address"]), text(&backend["section"]), text(&backend["kernel"]))
+        })
+        .collect();
+    all.sort_unstable();
+    all.dedup();
+    all
+}
