@@ -1,8 +1,9 @@
-//! hitless on a node of the cluster: the real `hitless run` in the node's network, over the groups of the node's pods.
+//! hitless on a node of the cluster: the real `hitless run` in the node's network, over the groups of the node's pods,
+//! told by the API.
 
 use std::{
     collections::BTreeMap,
-    path::{Path, PathBuf},
+    path::Path,
     process::Command,
     time::{Duration, Instant},
 };
@@ -11,8 +12,11 @@ use anyhow::{Context, Result, bail};
 use nix::mount::{MsFlags, mount};
 use serde_json::Value;
 
-use super::{Node, bridge::Bridge};
-use crate::lab::{Process, agent::Stream};
+use super::{Cluster, Node};
+use crate::lab::Process;
+
+/// A user that may look at what hitless needs, and do nothing.
+const USER: &str = "hitless";
 
 pub struct Agent {
     process: Process,
@@ -21,13 +25,13 @@ pub struct Agent {
 }
 
 impl Agent {
-    /// Returns when every hook is proved and the state of the cluster is in force.
-    pub fn start(node: &Node, bridge: &Bridge, args: &[&str]) -> Result<Self> {
-        let (source, ready) = (node.dir.join("source.sock"), node.dir.join("agent.ready"));
-        for stale in [&source, &ready] {
-            let _ = std::fs::remove_file(stale);
-        }
-        let bpffs = node.dir.parent().context("a node's directory is in the cluster's")?.join("bpf");
+    /// Returns when every hook is proved and the state of the cluster is in force. Needs [`permit`].
+    pub fn start(node: &Node, args: &[&str]) -> Result<Self> {
+        let ready = node.dir.join("agent.ready");
+        // An agent that was killed could not tidy up.
+        let _ = std::fs::remove_file(&ready);
+        let site = node.dir.parent().context("a node's directory is in the cluster's")?;
+        let (bpffs, kubeconfig) = (site.join("bpf"), site.join(format!("{USER}.kubeconfig")));
         if !bpffs.exists() {
             std::fs::create_dir_all(&bpffs)?;
             mount(Some("bpf"), &bpffs, Some("bpf"), MsFlags::empty(), None::<&str>).context("mount a bpffs")?;
@@ -42,11 +46,16 @@ impl Agent {
         let place: Vec<_> = place.into_iter().flat_map(|(flag, value)| [flag.to_owned(), value]).collect();
         let mut all = vec![text(&crate::workload::agent_binary()?), "run".into()];
         all.extend(place.iter().cloned());
-        all.extend(["--source".into(), format!("stream:{}", source.display()), "--ready-file".into(), text(&ready)]);
+        let api =
+            [("--source", "kube".into()), ("--node-name", node.name.clone()), ("--kubeconfig", text(&kubeconfig))];
+        all.extend(api.into_iter().flat_map(|(flag, value)| [flag.to_owned(), value]));
+        all.extend(["--ready-file".into(), text(&ready)]);
         all.extend(args.iter().map(|arg| (*arg).to_owned()));
+        // What the suites lose without some or all of them.
+        if let Ok(layers) = std::env::var("HITLESS_CLUSTER_LAYERS") {
+            all.extend(["--layers".into(), layers]);
+        }
         let process = node.host_process("hitless", all)?;
-        process.wait_for_file(&source)?;
-        bridge.connect(node.index, Stream::connect(&source)?)?;
         process.wait_for_file(&ready)?;
         Ok(Self { process, place, node: node.index })
     }
@@ -63,7 +72,11 @@ impl Agent {
             .args(&self.place)
             .output()?;
         if !output.status.success() {
-            bail!("hitless {} failed: {}", command.join(" "), String::from_utf8_lossy(&output.stderr));
+            // With JSON, the reason is where the answer would have been.
+            let [printed, errors] =
+                [&output.stdout, &output.stderr].map(|text| String::from_utf8_lossy(text).into_owned());
+            let log = if self.process.running() { String::new() } else { format!("it ended:\n{}", self.process.log()) };
+            bail!("hitless {} failed: {printed}{errors}{log}", command.join(" "));
         }
         serde_json::from_slice(&output.stdout).context("hitless prints JSON")
     }
@@ -87,24 +100,18 @@ impl Agent {
             std::thread::sleep(Duration::from_millis(20));
         }
     }
-
-    /// As when the node's OOM killer takes it.
-    pub fn kill(self) -> Result<()> {
-        self.process.sigkill()?;
-        self.process.wait().map(drop)
-    }
 }
 
-/// A process of a pod on this node: the kubelet names groups by the pod's uid.
-pub(super) fn pid_of(cgroup: &Path, uid: &str) -> Option<i32> {
-    let name = format!("pod{uid}");
-    let kubepods = cgroup.join("kubepods");
-    let classes = ["", "burstable", "besteffort"].map(|class| kubepods.join(class).join(&name));
-    let pod: PathBuf = classes.into_iter().find(|dir| dir.is_dir())?;
-    let containers = std::fs::read_dir(pod).ok()?.flatten();
-    let mut pids = containers.filter_map(|container| {
-        let procs = std::fs::read_to_string(container.path().join("cgroup.procs")).ok()?;
-        procs.lines().next()?.parse().ok()
-    });
-    pids.next()
+/// Lets agents look at what they need.
+pub fn permit(cluster: &Cluster) -> Result<()> {
+    cluster.control.write_kubeconfig(USER)?;
+    let (role, group) = ("rbac.authorization.k8s.io/v1", "rbac.authorization.k8s.io");
+    cluster.apply(&format!(
+        "apiVersion: {role}\nkind: ClusterRole\nmetadata: {{name: {USER}}}\nrules:\n\
+         - {{apiGroups: [\"\"], resources: [pods, services, namespaces, nodes], verbs: [list, watch]}}\n\
+         - {{apiGroups: [discovery.k8s.io], resources: [endpointslices], verbs: [list, watch]}}\n---\n\
+         apiVersion: {role}\nkind: ClusterRoleBinding\nmetadata: {{name: {USER}}}\n\
+         roleRef: {{apiGroup: {group}, kind: ClusterRole, name: {USER}}}\n\
+         subjects: [{{apiGroup: {group}, kind: User, name: {USER}}}]\n"
+    ))
 }

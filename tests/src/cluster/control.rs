@@ -23,10 +23,11 @@ const READY_WITHIN: Duration = Duration::from_secs(90);
 const CERTIFIED: &str =
     "IP:127.0.0.1,IP:10.96.0.1,DNS:localhost,DNS:kubernetes,DNS:kubernetes.default,DNS:kubernetes.default.svc";
 /// Static tokens: token, user, uid, groups.
-const USERS: [(&str, &str, &str); 3] = [
+const USERS: [(&str, &str, &str); 4] = [
     ("admin", "admin", "system:masters"),
     ("controllers", "system:kube-controller-manager", "system:masters"),
     ("scheduler", "system:kube-scheduler", ""),
+    ("hitless", "hitless", ""),
 ];
 
 /// Where the parts of a cluster run and leave their files.
@@ -262,6 +263,11 @@ impl ControlPlane {
     /// As when its machine is lost: no goodbye to watchers.
     pub fn kill_apiserver(&mut self) -> Result<()> {
         stop(&mut self.apiserver)
+    }
+
+    /// Nothing follows from anything any more: no replacements, no EndpointSlices.
+    pub fn stop_controllers(&mut self) -> Result<()> {
+        stop(&mut self.controllers)
     }
 
     /// Another choice of controllers, e.g. `*,-endpointslice-controller`.

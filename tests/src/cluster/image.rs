@@ -131,9 +131,10 @@ pub fn envoy() -> Result<Image> {
 const NGINX_CONF: &str = "daemon off; worker_processes 1; error_log /dev/stderr; pid /tmp/nginx.pid;\n\
     events { worker_connections 4096; }\n\
     http { access_log off; client_body_temp_path /tmp/a; proxy_temp_path /tmp/b; fastcgi_temp_path /tmp/c; uwsgi_temp_path /tmp/d;\n\
-    scgi_temp_path /tmp/e; server { listen 8080 backlog=4096; listen [::]:8080 backlog=4096; location / { return 200 \"$hostname\\n\"; } } }\n";
+    scgi_temp_path /tmp/e; server { listen 8080 backlog=4096; listen [::]:8080 backlog=4096; location / { return 200 \"$hostname\\n\"; }\n\
+    location = /alive { if (-f /tmp/sick) { return 500; } return 200 \"alive\\n\"; } } }\n";
 
-/// Closes at once on SIGTERM: connections that it has not answered are lost.
+/// Closes at once on SIGTERM: connections that it has not answered are lost. `/alive` fails once there is a `/tmp/sick`.
 pub fn nginx() -> Result<Image> {
     parts::needs(&["nginx"], "nginx-light")?;
     let program = parts::which("nginx").context("nginx was just installed")?;

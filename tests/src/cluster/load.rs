@@ -10,14 +10,21 @@ use serde::Deserialize;
 
 use super::{Cluster, image::FORTIO};
 
-/// What to ask for, and how often.
+/// How much to ask for.
+#[derive(Clone, Copy, Debug)]
+pub enum Amount {
+    /// Requests a second, for so long, by so many clients
+    Rate { qps: u32, time: Duration, clients: u32 },
+    /// gRPC over so many connections that stay; on each a call is always under way, which fails when it is cut
+    Streams(u32),
+}
+
+/// What to ask for, and from where.
 #[derive(Clone, Debug)]
 pub struct LoadSpec {
     pub name: String,
     pub url: String,
-    pub qps: u32,
-    pub connections: u32,
-    pub time: Duration,
+    pub amount: Amount,
     /// Name of the node it runs on
     pub node: usize,
 }
@@ -26,6 +33,7 @@ pub struct LoadSpec {
 #[derive(Debug)]
 pub struct Load {
     spec: LoadSpec,
+    container: String,
     started: Instant,
 }
 
@@ -43,44 +51,67 @@ pub struct Outcome {
     pub requests: u64,
     pub failed: u64,
     pub qps: f64,
-    /// HTTP status, or -1 where there was no answer, and how often
+    /// HTTP status, or -1 where there was no answer, and how often; of gRPC, SERVING or ERROR
     pub codes: BTreeMap<String, u64>,
+    /// What it complained of, the first lines
+    pub said: Vec<String>,
 }
 
 impl Load {
     /// Starts asking; every request makes a connection of its own.
     pub fn start(cluster: &Cluster, namespace: &str, spec: LoadSpec) -> Result<Self> {
-        let seconds = spec.time.as_secs();
-        let LoadSpec { name, url, qps, connections, node, .. } = &spec;
+        let LoadSpec { name, url, amount, node } = &spec;
+        let amount = match amount {
+            Amount::Rate { qps, time, clients } => {
+                format!(
+                    "-keepalive=false, -uniform, \"-qps={qps}\", \"-t={}s\", \"-c={clients}\", -timeout=3s",
+                    time.as_secs()
+                )
+            }
+            Amount::Streams(count) => format!("-grpc, -ping, -grpc-ping-delay=300ms, -qps=0, -t=0, \"-c={count}\""),
+        };
         let labels = "app: load";
         cluster.apply(&format!(
             "apiVersion: v1\nkind: Pod\nmetadata: {{name: {name}, namespace: {namespace}, labels: {{{labels}}}}}\n\
              spec:\n  nodeName: node-{node}\n  restartPolicy: Never\n  terminationGracePeriodSeconds: 1\n  containers:\n\
              \x20 - name: fortio\n    image: {FORTIO}\n    imagePullPolicy: Never\n\
-             \x20   args: [load, -quiet, -keepalive=false, -allow-initial-errors, -abort-on=-2, \"-qps={qps}\", \"-c={connections}\", \
-             \"-t={seconds}s\", -timeout=3s, -nocatchup, -json=-, \"{url}\"]\n"
+             \x20   args: [load, -quiet, -allow-initial-errors, -abort-on=-2, {amount}, -nocatchup, -json=-, \"{url}\"]\n"
         ))?;
         let pod = format!("pod/{name}");
-        cluster
-            .kubectl(&["-n", namespace, "wait", "--for=jsonpath={.status.phase}=Running", &pod, "--timeout=30s"])
+        let running = |args: &[&str]| cluster.kubectl(&[&["-n", namespace], args].concat());
+        running(&["wait", "--for=jsonpath={.status.phase}=Running", &pod, "--timeout=30s"])
             .context("the load does not start")?;
-        Ok(Self { spec, started: Instant::now() })
+        let container = running(&["get", &pod, "-o", "jsonpath={.status.containerStatuses[0].containerID}"])?;
+        Ok(Self { spec, container, started: Instant::now() })
     }
 
     pub fn elapsed(&self) -> Duration {
         self.started.elapsed()
     }
 
+    /// Ends it now: a trouble takes as long as it takes, and the load outlasts it.
+    pub fn stop(self, cluster: &Cluster) -> Result<Outcome> {
+        cluster.node(self.spec.node).kill(&self.container, "SIGINT")?;
+        self.finish_by(cluster, Instant::now() + Duration::from_secs(30))
+    }
+
     /// Waits until its time is over.
     pub fn finish(self, cluster: &Cluster) -> Result<Outcome> {
-        let deadline = self.started + self.spec.time + Duration::from_secs(30);
+        let Amount::Rate { time, .. } = self.spec.amount else { bail!("streams end when they are stopped") };
+        let deadline = self.started + time + Duration::from_secs(30);
+        self.finish_by(cluster, deadline)
+    }
+
+    fn finish_by(self, cluster: &Cluster, deadline: Instant) -> Result<Outcome> {
         let node = cluster.node(self.spec.node);
         loop {
             let log = node.container_log(&self.spec.name).unwrap_or_default();
             if let Some(report) = report(&log) {
                 let requests: u64 = report.codes.values().sum();
-                let good = report.codes.get("200").copied().unwrap_or_default();
-                return Ok(Outcome { requests, failed: requests - good, qps: report.qps, codes: report.codes });
+                let good = ["200", "SERVING"].iter().filter_map(|code| report.codes.get(*code)).sum::<u64>();
+                let complaints = log.lines().filter(|line| line.starts_with("{\"ts\"")).take(10);
+                let said = complaints.map(str::to_owned).collect();
+                return Ok(Outcome { requests, failed: requests - good, qps: report.qps, codes: report.codes, said });
             }
             if Instant::now() > deadline {
                 bail!("the load {} printed no report in time:\n{log}", self.spec.name);

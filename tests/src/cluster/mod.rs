@@ -3,7 +3,6 @@
 
 pub mod agent;
 pub mod api;
-pub mod bridge;
 pub mod command;
 pub mod control;
 pub mod daemonset;
@@ -13,6 +12,8 @@ pub mod load;
 pub mod node;
 pub mod parts;
 pub mod scene;
+pub mod shared;
+pub mod trouble;
 
 use std::{
     path::Path,

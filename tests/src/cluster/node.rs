@@ -2,6 +2,7 @@
 
 use std::{
     fs,
+    net::Ipv4Addr,
     path::{Path, PathBuf},
     process::Command,
     sync::atomic::{AtomicU32, Ordering},
@@ -152,6 +153,28 @@ impl Node {
         parts::output(self.command("ctr").arg("--address").arg(socket).args(["--namespace", "k8s.io"]).args(args))
     }
 
+    /// Signals a container's first process, past the kubelet: SIGKILL is what the OOM killer does.
+    pub fn kill(&self, container: &str, signal: &str) -> Result<()> {
+        self.ctr(&["tasks", "kill", "--signal", signal, bare(container)]).map(drop)
+    }
+
+    /// A container's first process, as this machine numbers it.
+    pub fn pid(&self, container: &str) -> Result<i32> {
+        let tasks = self.ctr(&["tasks", "ls"])?;
+        let task = tasks.lines().find_map(|line| line.strip_prefix(bare(container)));
+        let pid = task.and_then(|rest| rest.split_whitespace().next()?.parse().ok());
+        pid.with_context(|| format!("no process of container {container} on {}", self.name))
+    }
+
+    /// Gives an address that is free again to the next pod: the CNI plugin hands them out in order.
+    pub fn next_address(&self, address: Ipv4Addr) -> Result<()> {
+        let before = Ipv4Addr::from_bits(address.to_bits() - 1);
+        let file = self.dir.join("cni-state/networks/pods/last_reserved_ip.0");
+        fs::write(&file, before.to_string()).with_context(|| format!("write {}", file.display()))?;
+        // The node would send to the old pod's MAC address until it doubts it, half a minute later.
+        ip(Some(&self.netns), "neighbor flush dev cni0\n")
+    }
+
     pub(super) fn import(&self, tar: &Path) -> Result<()> {
         self.ctr(&["images", "import", &tar.to_string_lossy()]).map(drop)
     }
@@ -200,6 +223,11 @@ impl Node {
         text.push_str(&errors);
         Ok(text)
     }
+}
+
+/// A container's identifier without the runtime's name.
+fn bare(container: &str) -> &str {
+    container.trim_start_matches("containerd://")
 }
 
 /// Keeps the node's namespaces while nothing else runs in them.

@@ -7,15 +7,16 @@ use serde_json::Value;
 
 use super::{
     Cluster, Spec,
-    agent::Agent,
-    bridge::Bridge,
+    agent::{self, Agent},
     image::{self, HTTPBIN, NGINX},
-    load::{Load, LoadSpec, Outcome},
+    load::{Amount, Load, LoadSpec, Outcome},
 };
 
 pub const NAMESPACE: &str = "shop";
 /// Every server answers here.
 pub const PATH: &str = "/status/200";
+/// Of a light load: as many requests can be under way.
+pub const CLIENTS: u32 = 8;
 pub const WEB: &str = "deployment/web";
 
 /// What serves.
@@ -47,7 +48,6 @@ fn web(replicas: usize, server: Server) -> String {
 pub struct Scene {
     // Before the cluster they look at.
     pub agents: Vec<Agent>,
-    pub bridge: Option<Bridge>,
     pub cluster: Cluster,
     pub vip: String,
 }
@@ -63,8 +63,8 @@ impl Scene {
             cluster.load(&image)?;
         }
         cluster.apply(&web(replicas, server))?;
-        let mut scene = Self { agents: Vec::new(), bridge: None, cluster, vip: String::new() };
-        scene.kubectl(&["rollout", "status", WEB, "--timeout=60s"])?;
+        let mut scene = Self { agents: Vec::new(), cluster, vip: String::new() };
+        scene.wait_rollout(WEB)?;
         let service = scene.get(&["service", "web"])?;
         scene.vip = service["spec"]["clusterIP"].as_str().context("a service without an address")?.to_owned();
         Ok(scene)
@@ -73,11 +73,10 @@ impl Scene {
     /// hitless on every node.
     pub fn with_hitless(spec: &Spec, replicas: usize, server: Server) -> Result<Self> {
         let mut scene = Self::new(spec, replicas, server)?;
-        let bridge = Bridge::start(&scene.cluster)?;
+        agent::permit(&scene.cluster)?;
         for node in scene.cluster.nodes() {
-            scene.agents.push(Agent::start(node, &bridge, &[])?);
+            scene.agents.push(Agent::start(node, &[])?);
         }
-        scene.bridge = Some(bridge);
         Ok(scene)
     }
 
@@ -100,9 +99,14 @@ impl Scene {
 
     /// Requests from a pod of the first node; each makes a connection of its own.
     pub fn load(&self, name: &str, url: &str, qps: u32, time: Duration) -> Result<Load> {
-        let connections = if qps > 200 { 32 } else { 8 };
-        let spec = LoadSpec { name: name.into(), url: url.into(), qps, connections, time, node: 1 };
-        let load = Load::start(&self.cluster, NAMESPACE, spec)?;
+        let amount = Amount::Rate { qps, time, clients: if qps > 200 { 32 } else { CLIENTS } };
+        self.ask(name, url, amount)
+    }
+
+    /// From a pod of the first node, in any amount.
+    pub fn ask(&self, name: &str, url: &str, amount: Amount) -> Result<Load> {
+        let load =
+            Load::start(&self.cluster, NAMESPACE, LoadSpec { name: name.into(), url: url.into(), amount, node: 1 })?;
         self.wait_enrolled(name)?;
         Ok(load)
     }
@@ -116,9 +120,13 @@ impl Scene {
     pub fn roll(&self, times: usize) -> Result<()> {
         for _ in 0..times {
             self.kubectl(&["rollout", "restart", WEB])?;
-            self.kubectl(&["rollout", "status", WEB, "--timeout=60s"])?;
+            self.wait_rollout(WEB)?;
         }
         Ok(())
+    }
+
+    pub fn wait_rollout(&self, what: &str) -> Result<()> {
+        self.kubectl(&["rollout", "status", what, "--timeout=60s"]).map(drop)
     }
 
     /// Rolls under load. The load must outlast it, or the last rollout met none of it.
@@ -155,16 +163,6 @@ impl Scene {
             }
             std::thread::sleep(Duration::from_millis(100));
         }
-    }
-
-    /// Kills a pod's server as the OOM killer does: SIGKILL, no event before it.
-    pub fn crash(&self, pod: &str) -> Result<()> {
-        let object = self.get(&["pod", pod])?;
-        let node = object["spec"]["nodeName"].as_str().context("a scheduled pod")?;
-        let node = self.cluster.nodes().iter().find(|other| other.name == node).context("a node of the cluster")?;
-        let id = object["status"]["containerStatuses"][0]["containerID"].as_str().context("a running container")?;
-        let id = id.trim_start_matches("containerd://");
-        node.ctr(&["tasks", "kill", "--signal", "SIGKILL", id]).map(drop)
     }
 
     /// How often containers of the deployment were started again.

@@ -93,10 +93,27 @@ pub(crate) fn claim() -> Result<LabId> {
 fn register(id: LabId) -> Result<()> {
     static HANDLER: Once = Once::new();
     let mut result = Ok(());
-    HANDLER.call_once(|| result = watch_signals());
+    HANDLER.call_once(|| {
+        // SAFETY: the handler is a function of this program.
+        unsafe { libc::atexit(at_exit) };
+        result = watch_signals();
+    });
     result?;
     REGISTERED.lock().expect("no panic while locked").push(id);
     Ok(())
+}
+
+/// Labs in statics are never dropped: they go with the process.
+extern "C" fn at_exit() {
+    if std::env::var_os("HITLESS_LAB_KEEP").is_none() {
+        remove_all();
+    }
+}
+
+fn remove_all() {
+    // Not locked while removing, which takes the lock itself.
+    let ids = REGISTERED.lock().map(|ids| ids.clone()).unwrap_or_default();
+    ids.into_iter().for_each(remove);
 }
 
 extern "C" fn on_signal(signal: libc::c_int) {
@@ -113,9 +130,7 @@ fn watch_signals() -> Result<()> {
         let mut byte = [0u8];
         while nix::unistd::read(&reader, &mut byte) == Err(nix::errno::Errno::EINTR) {}
         eprintln!("\nstopped by signal {}: taking the lab down", byte[0]);
-        for id in REGISTERED.lock().map(|ids| ids.clone()).unwrap_or_default() {
-            remove(id);
-        }
+        remove_all();
         std::process::exit(128 + i32::from(byte[0]));
     })?;
     let action = SigAction::new(SigHandler::Handler(on_signal), SaFlags::SA_RESTART, SigSet::empty());
