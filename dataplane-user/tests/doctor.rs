@@ -147,8 +147,9 @@ fn who_else_routes_on_a_node_is_told_and_nothing_wrong_is_seen_in_it() {
     // The node's files and processes are those of process 1: this shell.
     let node = "mount -t tmpfs tmpfs /etc; mkdir -p /etc/cni/net.d
         echo '{\"name\": \"n\", \"plugins\": [{\"type\": \"calico\"}, {\"type\": \"portmap\"}]}' > /etc/cni/net.d/10-calico.conflist
-        (exec -a kube-proxy bash -c 'sleep 60; :' x --proxy-mode=nftables) > /dev/null &
-        until grep -q nftables /proc/$!/cmdline; do sleep 0.01; done
+        echo 'mode: nftables' > /etc/proxy.conf
+        (exec -a kube-proxy bash -c 'sleep 60; :' x --config=/etc/proxy.conf) > /dev/null &
+        until grep -q proxy.conf /proc/$!/cmdline; do sleep 0.01; done
         doctor";
     let cni = doctor_in(&CONTAINER, node, "CNI");
     assert_eq!((&cni["status"], &cni["found"]), (&"ok".into(), &"calico, portmap (10-calico.conflist)".into()));

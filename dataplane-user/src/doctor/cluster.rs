@@ -2,7 +2,9 @@
 
 use std::{
     collections::BTreeSet,
-    fs, io,
+    fs,
+    io::{self, Read as _},
+    os::unix::fs::OpenOptionsExt as _,
     path::{Path, PathBuf},
 };
 
@@ -16,6 +18,9 @@ const FIRST_CGROUP_NS: &str = "cgroup:[4026531835]";
 
 /// Where a runtime is told of its networks; the first file by name is in force (containernetworking's libcni).
 const CNI_DIRECTORY: &str = "/etc/cni/net.d";
+
+/// More than any configuration of kube-proxy.
+const MOST_OF_A_FILE: u64 = 64 << 10;
 
 /// What tells whose processes are in /proc.
 #[derive(Debug)]
@@ -110,31 +115,62 @@ pub fn kube_proxy() -> Check {
     const NAME: &str = "kube-proxy";
     let running = pids().find_map(|pid| {
         let arguments = arguments(pid);
-        is_kube_proxy(&arguments).then_some((pid, arguments))
+        let configuration = option(&arguments, "--config").map(|path| read_of(pid, path)).unwrap_or_default();
+        is_kube_proxy(&arguments, &configuration).then_some((pid, arguments, configuration))
     });
-    let Some((pid, arguments)) = running else {
+    let Some((pid, arguments, configuration)) = running else {
         return Check::ok(
             NAME,
             "none is seen here: services that hitless does not know are left to whatever else there is",
         );
     };
-    let told = arguments.iter().enumerate().find_map(|(nth, argument)| match argument.strip_prefix("--proxy-mode") {
-        Some("") => arguments.get(nth + 1).cloned(),
-        Some(rest) => rest.strip_prefix('=').map(str::to_owned),
-        None => None,
-    });
     let ipvs = Path::new("/sys/class/net/kube-ipvs0").exists();
-    let mode = match (told.filter(|mode| !mode.is_empty()), ipvs) {
-        (Some(mode), _) => format!("mode {mode}"),
-        (None, true) => "mode ipvs (by its interface)".into(),
-        (None, false) => "its configuration names the mode, or it is the default, iptables".into(),
+    let mode = match proxy_mode(&arguments, &configuration) {
+        Some(mode) => mode,
+        None if ipvs => "ipvs",
+        None => "iptables, the default",
     };
-    Check::ok(NAME, format!("process {pid}, {mode}; it goes on serving what hitless does not"))
+    Check::ok(NAME, format!("process {pid}, mode {mode}; it goes on serving what hitless does not"))
 }
 
-/// By its name, or by the first argument of a program that is many (k3s, hyperkube).
-fn is_kube_proxy(arguments: &[String]) -> bool {
+/// By its name, or by what it was given (of a program that is many: k3s, hyperkube).
+fn is_kube_proxy(arguments: &[String], configuration: &str) -> bool {
     arguments.iter().take(2).any(|argument| argument.rsplit('/').next() == Some("kube-proxy"))
+        || configuration.lines().any(|line| line.trim_end() == "kind: KubeProxyConfiguration")
+}
+
+/// The configuration, when there is one, wins over flags (k8s.io/kubernetes, cmd/kube-proxy).
+fn proxy_mode<'a>(arguments: &'a [String], configuration: &'a str) -> Option<&'a str> {
+    let told = if configuration.is_empty() {
+        option(arguments, "--proxy-mode")
+    } else {
+        configuration.lines().find_map(|line| line.strip_prefix("mode:"))
+    };
+    let mode = told?.split('#').next()?.trim().trim_matches(['"', '\'']);
+    // It is another's word, to be printed.
+    (!mode.is_empty() && mode.chars().all(|c| c.is_ascii_alphanumeric())).then_some(mode)
+}
+
+/// `--name=value` or `--name value`.
+fn option<'a>(arguments: &'a [String], name: &str) -> Option<&'a str> {
+    arguments.iter().enumerate().find_map(|(nth, argument)| match argument.strip_prefix(name)? {
+        "" => arguments.get(nth + 1).map(String::as_str),
+        rest => rest.strip_prefix('='),
+    })
+}
+
+/// The beginning of another process's file. It may be anybody's: nothing that blocks is waited for.
+fn read_of(pid: u32, path: &str) -> String {
+    let path = format!("/proc/{pid}/root/{path}");
+    let read = || -> io::Result<String> {
+        let file = fs::OpenOptions::new().read(true).custom_flags(nix::libc::O_NONBLOCK).open(path)?;
+        let mut text = Vec::new();
+        if file.metadata()?.is_file() {
+            file.take(MOST_OF_A_FILE).read_to_end(&mut text)?;
+        }
+        Ok(String::from_utf8_lossy(&text).into_owned())
+    };
+    read().unwrap_or_default()
 }
 
 /// Which CNI made the pods' networks, by the node's configuration.
@@ -247,12 +283,30 @@ mod tests {
         assert!(plugins("{").is_err());
     }
 
+    fn words(words: &[&str]) -> Vec<String> {
+        words.iter().map(ToString::to_string).collect()
+    }
+
+    const CONFIGURATION: &str = "apiVersion: kubeproxy.config.k8s.io/v1alpha1\nkind: KubeProxyConfiguration\nmode: ";
+
     #[test]
-    fn kube_proxy_is_known_by_its_name_or_as_a_part_of_a_program() {
-        let is = |words: &[&str]| is_kube_proxy(&words.iter().map(ToString::to_string).collect::<Vec<_>>());
+    fn kube_proxy_is_known_by_its_name_or_by_its_configuration() {
+        let is = |arguments: &[&str]| is_kube_proxy(&words(arguments), "");
         assert!(is(&["/usr/local/bin/kube-proxy", "--config=/var/lib/kube-proxy/config.conf"]));
         assert!(is(&["/cache/kubernetes", "kube-proxy", "--proxy-mode=nftables"]));
         assert!(!is(&["kubectl", "logs", "kube-proxy"]));
         assert!(!is(&["/bin/sh"]));
+        assert!(is_kube_proxy(&words(&["kubernetes", "proxy"]), CONFIGURATION));
+        assert!(!is_kube_proxy(&words(&["kubelet"]), "kind: KubeletConfiguration\n"));
+    }
+
+    #[test]
+    fn the_mode_is_the_configuration_s_or_else_the_flag_s() {
+        let flags = words(&["kube-proxy", "--v=2", "--proxy-mode", "ipvs"]);
+        assert_eq!(proxy_mode(&flags, ""), Some("ipvs"));
+        assert_eq!(proxy_mode(&flags, &format!("{CONFIGURATION}nftables\n")), Some("nftables"));
+        assert_eq!(proxy_mode(&flags, &format!("{CONFIGURATION}\"\"\n")), None);
+        assert_eq!(proxy_mode(&words(&["kube-proxy"]), ""), None);
+        assert_eq!(proxy_mode(&words(&["kube-proxy", "--proxy-mode=\u{1b}[2J"]), ""), None);
     }
 }

@@ -169,7 +169,7 @@ mod tests {
         assert_eq!(yaml("services:\n- name: a/b\n  ports:\n  - port: 70000\n"), "4:11: field port: invalid u16");
         assert_eq!(
             yaml("services:\n- name: a/b\n  ports:\n  - port: 80\n    prot: TCP\n"),
-            "5:5: unknown field `prot`, expected one of name, port, protocol"
+            "5:5: unknown field `prot`, expected one of name, port, protocol, nodePort"
         );
         assert_eq!(
             yaml("services:\n- name: a/b\n  addresses: [10.0.0.999]\n  ports:\n  - port: 80\n"),

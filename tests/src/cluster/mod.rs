@@ -6,6 +6,7 @@ pub mod api;
 pub mod bridge;
 pub mod command;
 pub mod control;
+pub mod daemonset;
 pub mod gateway;
 pub mod image;
 pub mod load;
