@@ -27,7 +27,7 @@ fn scaling_to_one_and_back_fails_no_connect() -> Result<()> {
             }
             Ok(())
         })?;
-        suffered.assert_hardly_anything_lost();
+        suffered.assert_nothing_lost_but_accepted((rounds() * (REPLICAS - 1)) as u32);
         Ok(())
     })
 }
@@ -54,7 +54,7 @@ fn draining_a_node_and_evicting_a_pod_fail_no_connect() -> Result<()> {
             }
             Ok(())
         })?;
-        suffered.assert_hardly_anything_lost();
+        suffered.assert_nothing_lost_but_accepted((rounds() * REPLICAS) as u32);
         Ok(())
     })
 }
@@ -134,7 +134,7 @@ fn a_reused_address_gets_no_request_of_the_service_that_had_it() -> Result<()> {
             Ok(())
         })?;
         assert!(!suffered.outcome.codes.contains_key("418"), "requests landed on the other service: {suffered:?}");
-        suffered.assert_hardly_anything_lost();
+        suffered.assert_nothing_lost_but_accepted(1);
         scene.kubectl(&["delete", "pod", "other"])?;
         scene.cluster.control.restart_controllers("*")
     })
@@ -157,7 +157,7 @@ fn pods_deleted_while_no_endpointslice_follows_fail_no_connect() -> Result<()> {
             assert!(deleted.iter().all(|server| slices.contains(&server.address)), "not late: {slices:?}");
             Ok(())
         })?;
-        suffered.assert_hardly_anything_lost();
+        suffered.assert_nothing_lost_but_accepted(REPLICAS as u32 - 1);
         scene.cluster.control.restart_controllers("*")
     })
 }
@@ -236,7 +236,7 @@ fn labels_enrol_and_let_go_under_load_and_none_wins() -> Result<()> {
             }
             Ok(())
         })?;
-        suffered.assert_nothing_lost();
+        suffered.assert_nothing_lost_but_accepted(0);
         Ok(())
     })
 }

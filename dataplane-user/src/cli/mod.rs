@@ -43,7 +43,7 @@ struct Cli {
 enum Command {
     /// Run the agent in the foreground
     #[command(after_help = RUN_HELP)]
-    Run(RunArgs),
+    Run(Box<RunArgs>),
     /// Is it ready, is the kernel path in force, what did it count
     #[command(after_help = "Works without an agent too: then it reads what is pinned.\n\
                       Exit status: 0 ready; 1 an agent runs and is not ready; 2 nothing is installed; 3 no agent, kernel path in force.")]

@@ -11,6 +11,7 @@ pub mod figure;
 mod flip;
 mod flows;
 mod hook;
+mod kube;
 mod race;
 mod replay;
 pub mod rig;
@@ -46,6 +47,8 @@ pub struct Plan {
     pub pings: u32,
     pub deletions: u32,
     pub churn: Duration,
+    /// Pods deleted at a real API server.
+    pub kube_deletions: u32,
 }
 
 impl Plan {
@@ -63,6 +66,7 @@ impl Plan {
             pings: 500,
             deletions: 500,
             churn: Duration::from_secs(10),
+            kube_deletions: 500,
         }
     }
 
@@ -80,6 +84,7 @@ impl Plan {
             pings: 500,
             deletions: 50,
             churn: Duration::from_secs(2),
+            kube_deletions: 50,
         }
     }
 }
@@ -94,6 +99,7 @@ const GROUPS: &[(&str, Measure)] = &[
     ("flows", flows::measure),
     ("replay", replay::measure),
     ("scale", scale::measure),
+    ("kube", kube::measure),
 ];
 
 pub fn groups() -> impl Iterator<Item = &'static str> {

@@ -16,7 +16,7 @@ use super::{
     sample::{Rounds, quantile},
     worker::now_ns,
 };
-use crate::lab::{Agent, AgentOptions};
+use crate::lab::{Agent, AgentOptions, Process};
 
 const SERVICES: u32 = 10_000;
 const BACKENDS: u32 = 100_000;
@@ -146,15 +146,19 @@ fn churn(agent: &Agent, feed: &mut Feed, backends: &[Backend], plan: &Plan) -> R
 }
 
 /// What the agent's process has used so far.
-struct Usage {
-    cpu: Duration,
-    rss_mb: f64,
-    peak_mb: f64,
+pub(super) struct Usage {
+    pub cpu: Duration,
+    pub rss_mb: f64,
+    pub peak_mb: f64,
 }
 
 impl Usage {
     fn of(agent: &Agent) -> Result<Self> {
-        let pid = agent.process().pid();
+        Self::of_process(agent.process())
+    }
+
+    pub(super) fn of_process(process: &Process) -> Result<Self> {
+        let pid = process.pid();
         let read = |file: &str| {
             let path = format!("/proc/{pid}/{file}");
             std::fs::read_to_string(&path).with_context(|| format!("read {path}"))

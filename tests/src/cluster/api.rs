@@ -26,6 +26,10 @@ pub struct ApiAgent {
 impl ApiAgent {
     /// An agent of `node-1`; it need not get ready.
     pub fn start(control: &ControlPlane, kubeconfig: &str) -> Result<Self> {
+        Self::start_with(control, kubeconfig, "off")
+    }
+
+    pub fn start_with(control: &ControlPlane, kubeconfig: &str, metrics: &str) -> Result<Self> {
         let site = &control.site;
         let bpffs = site.file("bpf");
         if !bpffs.exists() {
@@ -43,9 +47,13 @@ impl ApiAgent {
         let place: Vec<_> = place.into_iter().flat_map(|(flag, value)| [flag.to_owned(), value]).collect();
         let mut args = vec![text(agent_binary()?), "run".into()];
         args.extend(place.iter().cloned());
-        args.extend(["--source", "kube", "--node-name", "node-1", "--metrics-address", "off"].map(str::to_owned));
+        args.extend(["--source", "kube", "--node-name", "node-1", "--metrics-address", metrics].map(str::to_owned));
         args.extend(["--kubeconfig".to_owned(), text(site.file(&format!("{kubeconfig}.kubeconfig")))]);
         Ok(Self { process: site.start("hitless", &control.netns, args)?, place })
+    }
+
+    pub fn process(&self) -> &Process {
+        &self.process
     }
 
     pub fn log(&self) -> String {
@@ -69,7 +77,17 @@ impl ApiAgent {
 
     /// Waits until an answer is as wanted.
     pub fn wait(&self, command: &[&str], what: &str, wanted: impl Fn(&Value) -> bool) -> Result<Value> {
-        let deadline = Instant::now() + SHOWN_WITHIN;
+        self.wait_within(SHOWN_WITHIN, command, what, wanted)
+    }
+
+    pub fn wait_within(
+        &self,
+        time: Duration,
+        command: &[&str],
+        what: &str,
+        wanted: impl Fn(&Value) -> bool,
+    ) -> Result<Value> {
+        let deadline = Instant::now() + time;
         loop {
             let answer = self.admin(command);
             if let Ok(answer) = &answer
@@ -78,11 +96,7 @@ impl ApiAgent {
                 return Ok(answer.clone());
             }
             if Instant::now() > deadline {
-                bail!(
-                    "not within {SHOWN_WITHIN:?}: {what}; hitless {}: {answer:#?}\n{}",
-                    command.join(" "),
-                    self.log()
-                );
+                bail!("not within {time:?}: {what}; hitless {}: {answer:#?}\n{}", command.join(" "), self.log());
             }
             std::thread::sleep(Duration::from_millis(10));
         }

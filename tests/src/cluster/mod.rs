@@ -5,6 +5,7 @@ pub mod agent;
 pub mod api;
 pub mod command;
 pub mod control;
+pub mod daemonset;
 pub mod gateway;
 pub mod image;
 pub mod load;

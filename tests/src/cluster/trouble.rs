@@ -34,17 +34,12 @@ pub struct Suffered {
 }
 
 impl Suffered {
-    /// Nothing failed, for whatever reason.
-    pub fn assert_nothing_lost(&self) {
+    /// Servers that were told to stop are avoided before they do. What they, or the kernel for them, had accepted by
+    /// then they may still throw away: at 100 requests a second one each at the most, and none where there is CPU to
+    /// spare.
+    pub fn assert_nothing_lost_but_accepted(&self, deaths: u32) {
         self.assert_every_connect_made();
-        assert_eq!(self.outcome.failed, 0, "{self:?}");
-    }
-
-    /// Servers whose end was announced had nothing left to do but what they had just accepted: nginx does not answer
-    /// that, and on a busy machine there is some now and then.
-    pub fn assert_hardly_anything_lost(&self) {
-        self.assert_every_connect_made();
-        assert!(self.outcome.failed * 100 <= self.outcome.requests, "{self:?}");
+        assert!(self.outcome.failed <= u64::from(deaths), "{deaths} deaths: {self:?}");
     }
 
     /// Servers that died unannounced may take along what they had accepted, and nothing else: of so many clients each

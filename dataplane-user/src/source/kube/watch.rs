@@ -4,7 +4,11 @@
 //! resourceVersion with bookmarks, go on from the last one seen, list again when that is too old (410). Each line is
 //! parsed where it is read: between the socket and the map is nothing that waits.
 
-use std::{fmt, hash::BuildHasher, time::Duration};
+use std::{
+    fmt,
+    hash::BuildHasher,
+    time::{Duration, Instant},
+};
 
 use futures_util::io::AsyncBufReadExt;
 use http::StatusCode;
@@ -27,6 +31,8 @@ const WATCH_SECONDS: u32 = 270;
 const SILENCE: Duration = Duration::from_secs(150);
 /// An answer to a list.
 const LIST_WITHIN: Duration = Duration::from_secs(60);
+/// A watch that ends sooner came to nothing.
+const SHORT: Duration = Duration::from_secs(1);
 /// The pause after a failure, doubling between these.
 const PAUSE: [Duration; 2] = [Duration::from_millis(100), Duration::from_secs(5)];
 
@@ -79,7 +85,10 @@ pub async fn follow<T: Object>(client: Client, fields: String, mut tell: impl Fn
         let mut from = from;
         // Until what was seen last is too old to go on from.
         loop {
+            let began = Instant::now();
             match watch(&client, &fields, &mut from, &mut pause, &mut tell).await {
+                // Somebody on the way that ends every watch at once must not be asked in a busy loop.
+                Ok(()) if began.elapsed() < SHORT => pause.take(None).await,
                 Ok(()) => {}
                 Err(error) if code(&error) == Some(StatusCode::GONE.as_u16()) => break,
                 Err(error) => {

@@ -1,0 +1,117 @@
+//! hitless as its users run it: the DaemonSet of deploy/hitless.yaml, from an image, with the role that it brings.
+//!
+//! Changed is only what the lab's nodes make necessary: they share one machine, so each has a cgroup of its own below
+//! the machine's root, and a BPF file system in its own mounts.
+
+use std::{
+    fs,
+    path::{Path, PathBuf},
+    process::Command,
+    time::{Duration, Instant},
+};
+
+use anyhow::{Context, Result, bail, ensure};
+use serde_json::Value;
+
+use super::{Cluster, Node, image::Image, parts};
+use crate::workload::agent_binary;
+
+pub const IMAGE: &str = "hitless.test/hitless:1";
+pub const DAEMON_SET: &str = "daemonset/hitless";
+const NAMESPACE: &str = "hitless-system";
+const BPFFS: &str = "/run/bpf";
+
+/// Installs it and waits until every node's agent is ready.
+pub fn install(cluster: &Cluster) -> Result<()> {
+    cluster.load(&Image::new(IMAGE, &["/hitless"]).program(&agent_binary()?, "/hitless")?)?;
+    for node in cluster.nodes() {
+        parts::run(node.command("mkdir").args(["-p", BPFFS]))?;
+        parts::run(node.command("mount").args(["-t", "bpf", "bpf", BPFFS]))?;
+    }
+    // The API server of the lab does not announce itself.
+    let control = &cluster.control;
+    cluster.apply(&format!(
+        "apiVersion: discovery.k8s.io/v1\nkind: EndpointSlice\nmetadata: {{name: kubernetes, namespace: default, \
+         labels: {{kubernetes.io/service-name: kubernetes}}}}\naddressType: IPv4\n\
+         ports: [{{name: https, port: {}}}]\nendpoints: [{{addresses: [{}]}}]\n",
+        control.port, control.address
+    ))?;
+    cluster.apply(&manifest(cluster)?)?;
+    wait(cluster)
+}
+
+/// Waits until the newest version of it runs on every node, and is ready.
+pub fn wait(cluster: &Cluster) -> Result<()> {
+    let status = kubectl(cluster, &["rollout", "status", DAEMON_SET, "--timeout=120s"]);
+    status.map(drop).with_context(|| {
+        let pods = kubectl(cluster, &["describe", "pods"]).unwrap_or_default();
+        let logs = cluster.nodes().iter().map(|node| log(cluster, node).unwrap_or_default());
+        format!("{pods}\n{}", logs.collect::<Vec<_>>().join("\n"))
+    })
+}
+
+pub fn kubectl(cluster: &Cluster, args: &[&str]) -> Result<String> {
+    cluster.kubectl(&[&["-n", NAMESPACE], args].concat())
+}
+
+/// The name of the node's agent's pod.
+pub fn pod(cluster: &Cluster, node: &Node) -> Result<String> {
+    let field = format!("spec.nodeName={}", node.name);
+    let name =
+        kubectl(cluster, &["get", "pods", "--field-selector", &field, "-o", "jsonpath={.items[0].metadata.name}"]);
+    name.with_context(|| format!("no pod of {DAEMON_SET} on {}", node.name))
+}
+
+/// What the node's agent printed.
+pub fn log(cluster: &Cluster, node: &Node) -> Result<String> {
+    node.container_log(&pod(cluster, node)?)
+}
+
+/// `hitless … --output json`, of the node's agent: its socket is in the node's /run.
+pub fn admin(node: &Node, command: &[&str]) -> Result<Value> {
+    let state_dir = node.dir.join("run/hitless");
+    let mut hitless = Command::new(agent_binary()?);
+    let output = hitless.args(command).args(["--output", "json", "--state-dir"]).arg(&state_dir).output()?;
+    serde_json::from_slice(&output.stdout).with_context(|| {
+        format!("hitless {} prints no JSON: {}", command.join(" "), String::from_utf8_lossy(&output.stderr))
+    })
+}
+
+/// Waits until a pod's connections are hitless's business.
+pub fn wait_enrolled(node: &Node, pod: &str) -> Result<()> {
+    let deadline = Instant::now() + Duration::from_secs(20);
+    loop {
+        let status = admin(node, &["status"])?;
+        let pods = status["pods"].as_array();
+        if pods.into_iter().flatten().any(|row| row["name"] == pod && row["enrolled"] == true) {
+            return Ok(());
+        }
+        if Instant::now() > deadline {
+            bail!("{pod} was not enrolled within 20 s: {:#}", status["pods"]);
+        }
+        std::thread::sleep(Duration::from_millis(50));
+    }
+}
+
+/// deploy/hitless.yaml for the lab.
+fn manifest(cluster: &Cluster) -> Result<String> {
+    let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("../deploy/hitless.yaml");
+    let mut text = fs::read_to_string(&path).with_context(|| format!("read {}", path.display()))?;
+    let cgroup: PathBuf = cluster.node(1).cgroup.parent().context("a node's cgroup has a parent")?.into();
+    let image = text.lines().find_map(|line| line.trim().strip_prefix("image: ")).context("no image")?.to_owned();
+    for (what, instead) in [
+        (format!("image: {image}"), format!("image: {IMAGE}")),
+        ("imagePullPolicy: IfNotPresent".into(), "imagePullPolicy: Never".into()),
+        (
+            "            - run\n".into(),
+            "            - run\n            - --cgroup=/host/cgroup/$(HITLESS_NODE_NAME)\n".into(),
+        ),
+        // Both nodes' agents are on one machine: their maps are told apart by their bpffs alone.
+        ("            path: /sys/fs/bpf\n".into(), format!("            path: {BPFFS}\n")),
+        ("            path: /sys/fs/cgroup\n".into(), format!("            path: {}\n", cgroup.display())),
+    ] {
+        ensure!(text.contains(&what), "{}: no {what:?}", path.display());
+        text = text.replace(&what, &instead);
+    }
+    Ok(text)
+}

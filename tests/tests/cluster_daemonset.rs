@@ -1,0 +1,55 @@
+//! The DaemonSet of deploy/, installed on a real cluster, restarted, killed and upgraded under load.
+
+use std::time::Duration;
+
+use anyhow::Result;
+use hitless_tests::cluster::{
+    Spec, daemonset,
+    scene::{NAMESPACE, Scene, Server},
+};
+
+const REPLICAS: usize = 3;
+const QPS: u32 = 50;
+
+#[test]
+fn the_daemonset_of_deploy_fails_no_connect_whatever_becomes_of_its_agents() -> Result<()> {
+    let scene = Scene::new(&Spec::default(), REPLICAS, Server::Nginx)?;
+    let cluster = &scene.cluster;
+    daemonset::install(cluster)?;
+    for node in cluster.nodes() {
+        let status = daemonset::admin(node, &["status"])?;
+        assert_eq!(
+            (&status["ready"], &status["source"]["error"]),
+            (&true.into(), &serde_json::Value::Null),
+            "{status:#}"
+        );
+    }
+
+    let time = Duration::from_secs(80);
+    let load = scene.load("load", &scene.url(), QPS, time)?;
+    daemonset::wait_enrolled(cluster.node(1), &format!("{NAMESPACE}/load"))?;
+    scene.roll(1)?;
+    // A new version of the agent, then one that keeps its maps in another layout, each in the middle of a rollout.
+    for change in [["rollout", "restart", daemonset::DAEMON_SET], ["set", "env", daemonset::DAEMON_SET]] {
+        let other_layout = if change[0] == "set" { &["HITLESS_LAYOUT_SALT=other"][..] } else { &[] };
+        daemonset::kubectl(cluster, &[&change[..], other_layout].concat())?;
+        scene.roll(1)?;
+        daemonset::wait(cluster)?;
+    }
+    // As when the node's OOM killer takes it.
+    let victim = daemonset::pod(cluster, cluster.node(1))?;
+    daemonset::kubectl(cluster, &["delete", "pod", &victim, "--grace-period=0", "--force"])?;
+    scene.roll(1)?;
+    daemonset::wait(cluster)?;
+    let took = load.elapsed();
+    let outcome = load.finish(cluster)?;
+    eprintln!("four rollouts, three changes of agents in {took:.1?}: {outcome:?}");
+    assert!(took < time, "the load ended before the last rollout did: {took:?}");
+    // At most one in the hands of each server that was told to stop, and no connect: fortio says which it was.
+    let log = daemonset::log(cluster, cluster.node(1))?;
+    assert!(outcome.failed <= 4 * REPLICAS as u64, "{outcome:?}\n{log}");
+    assert!(!outcome.said.iter().any(|line| line.contains("dial tcp")), "{outcome:?}\n{log}");
+    let counters = daemonset::admin(cluster.node(1), &["status"])?["counters"].clone();
+    assert!(counters["connects_translated"].as_u64() > Some(0), "the load went past hitless: {counters:#}");
+    Ok(())
+}
