@@ -69,6 +69,9 @@ impl Cluster {
             bail!("a cluster has 1 to {MAX_NODES} nodes, not {}", spec.nodes);
         }
         parts::node_packages()?;
+        if spec.kube_proxy == KubeProxy::Nftables {
+            parts::needs(&["nft"], "nftables")?;
+        }
         let site = Site::new()?;
         let id = site.id;
         let built = Self::build(site, spec);
