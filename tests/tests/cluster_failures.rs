@@ -256,7 +256,6 @@ fn streams_of_surviving_pods_are_not_cut() -> Result<()> {
             Ok((counts.iter().map(|(count, _)| count).sum::<usize>() == COUNT).then_some(counts))
         })?;
         streams.sort_by_key(|(count, _)| *count);
-        let (cut, dies) = (streams[0].0, streams[0].1.clone());
         // Other pods' deaths, agents that come and go, enrolment off and on.
         scene.roll(1)?;
         scene.end_agent(1, Signal::SIGKILL)?;
@@ -267,13 +266,23 @@ fn streams_of_surviving_pods_are_not_cut() -> Result<()> {
             scene.label(&["pod", "streaming"], mode)?;
             sleep(Duration::from_secs(1));
         }
-        // Each stream of this one fails once, and goes on elsewhere.
-        scene.node_of(&dies).kill(&dies.container, "SIGKILL")?;
-        scene.wait_restarted(&dies)?;
+        let kept = |streams: &[(usize, &Server)]| -> Result<()> {
+            for (before, server) in streams {
+                let after = scene.connections(server, GRPC, client)?;
+                assert!(after >= *before, "{} had {before} streams, and has {after}", server.name);
+            }
+            Ok(())
+        };
+        kept(&streams)?;
+        // One of those that serve streams dies: the others' stay. Where its own go on is not counted: a call that fails
+        // while its channel waits for the next try is an error each time.
+        let dies = streams.remove(0).1;
+        scene.node_of(dies).kill(&dies.container, "SIGKILL")?;
+        scene.wait_restarted(dies)?;
+        kept(&streams)?;
         let outcome = load.stop(&scene.cluster)?;
-        eprintln!("{cut} streams were on the pod that died: {outcome:?}");
-        assert!(outcome.requests > COUNT as u64 * 10, "hardly any calls: {outcome:?}");
-        assert_eq!(outcome.failed, cut as u64, "{outcome:?}");
+        eprintln!("{outcome:?}");
+        assert!(outcome.codes.get("SERVING") > Some(&(COUNT as u64 * 10)), "hardly any calls: {outcome:?}");
         scene.kubectl(&["delete", "pod", "streaming", "--wait=false"])?;
         scene.wait_rollout(&format!("deployment/{STREAMS}"))
     })
