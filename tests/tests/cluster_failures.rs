@@ -1,6 +1,6 @@
 //! What befalls a real Kubernetes besides rollouts, under load that fortio makes and counts. One cluster for all.
 //!
-//! `HITLESS_CLUSTER_LAYERS=none` shows each of them fail.
+//! `HITLESS_CLUSTER_LAYERS=none` shows those fail whose deaths nobody announces; announced ones the pod watch alone saves.
 
 use std::{fs, thread::sleep, time::Duration};
 
