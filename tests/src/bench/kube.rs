@@ -26,16 +26,12 @@ use super::{
     figure::{Figure, Goal},
     rig::Rig,
     sample::quantile,
-    scale::Usage,
+    scale::{BACKENDS as ENDPOINTS, BIG, SERVICES, Usage},
     worker::now_ns,
 };
 use crate::cluster::{ControlPlane, api::ApiAgent};
 
-const SERVICES: u32 = 10_000;
-const ENDPOINTS: u32 = 100_000;
 const PER_SLICE: u32 = 100;
-/// One service has a tenth of all endpoints, the others share the rest.
-const BIG: u32 = 10_000;
 /// Requests to the API server at a time.
 const AT_ONCE: usize = 16;
 const PORT: u16 = 8080;
@@ -130,7 +126,7 @@ fn deletions(
                 now_ns()
             });
             let sent = now_ns();
-            runtime.block_on(api.delete_pod(&format!("deleted-{n}")))?;
+            runtime.block_on(api.delete_pod(&format!("deleted-{n}"), 30))?;
             Ok([sent, now_ns(), watcher.join().expect("it only looks")])
         })?;
         from_request.push(changed.saturating_sub(sent));
@@ -170,7 +166,7 @@ fn churn(
                 }
                 let name = format!("churn-{worker}-{n}");
                 api.create_pod(name.clone()).await?;
-                api.remove_pod(&name).await?;
+                api.delete_pod(&name, 0).await?;
                 changes += 2;
             }
             anyhow::Ok(changes)
@@ -250,14 +246,9 @@ impl Api {
         Ok(made["metadata"]["uid"].as_str().context("a pod has a uid")?.to_owned())
     }
 
-    /// As kubectl does: it gets its deletionTimestamp, and stays until a kubelet says that it has ended.
-    async fn delete_pod(&self, name: &str) -> Result<Value> {
-        let options = json!({"gracePeriodSeconds": 30});
-        self.send("DELETE", &format!("api/v1/namespaces/default/pods/{name}"), &options).await
-    }
-
-    async fn remove_pod(&self, name: &str) -> Result<Value> {
-        let options = json!({"gracePeriodSeconds": 0});
+    /// With a grace period it gets its deletionTimestamp, and stays until a kubelet says that it has ended.
+    async fn delete_pod(&self, name: &str, grace_s: u32) -> Result<Value> {
+        let options = json!({"gracePeriodSeconds": grace_s});
         self.send("DELETE", &format!("api/v1/namespaces/default/pods/{name}"), &options).await
     }
 }

@@ -18,11 +18,11 @@ use super::{
 };
 use crate::lab::{Agent, AgentOptions, Process};
 
-const SERVICES: u32 = 10_000;
-const BACKENDS: u32 = 100_000;
+pub(super) const SERVICES: u32 = 10_000;
+pub(super) const BACKENDS: u32 = 100_000;
 const PORT: u16 = 8080;
 /// One service has a tenth of all backends, the others share the rest.
-const BIG: u32 = 10_000;
+pub(super) const BIG: u32 = 10_000;
 const CHANGES_PER_S: u64 = 1_000;
 
 pub fn measure(rig: &mut Rig, plan: &Plan) -> Result<Vec<Figure>> {

@@ -11,6 +11,7 @@ pub mod world;
 use std::{
     cell::{Cell, RefCell},
     collections::{BTreeMap, BTreeSet, HashSet},
+    io,
     path::{Path, PathBuf},
     rc::Rc,
     time::Duration,
@@ -25,6 +26,7 @@ use tokio::{sync::Notify, task::JoinSet};
 use tracing::{debug, info, warn};
 
 use self::{
+    find::Process,
     object::{EndpointSlice, Namespace, Node, Object, Pod, Service},
     watch::{Failure, Word, follow},
     world::{Name, Scope, World},
@@ -67,7 +69,7 @@ async fn from_file(path: &Path) -> anyhow::Result<Config> {
 }
 
 /// Follows the API for as long as the agent runs.
-pub async fn serve(client: Client, settings: Settings, core: Shared) -> std::io::Result<()> {
+pub async fn serve(client: Client, settings: Settings, core: Shared) -> io::Result<()> {
     let here = format!("spec.nodeName={}", settings.node);
     let others = format!("spec.nodeName!={}", settings.node);
     let this_node = format!("metadata.name={}", settings.node);
@@ -90,20 +92,20 @@ pub async fn serve(client: Client, settings: Settings, core: Shared) -> std::io:
     follow_pods(&mut tasks, Scope::Others, others);
     let heard = source.clone();
     tasks.spawn_local(follow::<EndpointSlice>(client.clone(), String::new(), move |word, at| {
-        heard.others("endpointslices", word, at, World::slice, World::slice_gone, World::retain_slices);
+        heard.hear("endpointslices", word, at, World::slice, World::slice_gone, World::retain_slices);
     }));
     let heard = source.clone();
     tasks.spawn_local(follow::<Service>(client.clone(), String::new(), move |word, at| {
-        heard.others("services", word, at, World::service, World::service_gone, World::retain_services);
+        heard.hear("services", word, at, World::service, World::service_gone, World::retain_services);
     }));
     let heard = source.clone();
     tasks.spawn_local(follow::<Namespace>(client.clone(), String::new(), move |word, at| {
-        heard.others("namespaces", word, at, World::namespace, World::namespace_gone, World::retain_namespaces);
+        heard.hear("namespaces", word, at, World::namespace, World::namespace_gone, World::retain_namespaces);
         heard.pods_changed.notify_one();
     }));
     let heard = source.clone();
     tasks.spawn_local(follow::<Node>(client, this_node, move |word, at| {
-        heard.others("nodes", word, at, World::own, |_, _| {}, |_, _| {});
+        heard.hear("nodes", word, at, World::own, |_, _| {}, |_, _| {});
     }));
     let finder = source.clone();
     tasks.spawn_local(async move { finder.find_pods().await });
@@ -140,13 +142,14 @@ impl Source {
         let take = |world: &mut World, pod: &Pod| world.pod(pod, scope);
         let gone = |world: &mut World, name: &str| world.pod_gone(name, scope);
         let retain = |world: &mut World, named: &HashSet<Name>| world.retain_pods(named, scope);
-        self.others(collection, word, at_ns, take, gone, retain);
+        self.hear(collection, word, at_ns, take, gone, retain);
         if scope == Scope::ThisNode {
             self.pods_changed.notify_one();
         }
     }
 
-    fn others<T: Object>(
+    /// One word of a collection, to the world and what follows from it on to the kernel.
+    fn hear<T: Object>(
         &self,
         collection: &'static str,
         word: Word<T>,
@@ -229,21 +232,18 @@ impl Source {
 
     /// What the world says of the words it heard goes to the registry and the kernel.
     fn pass_on(&self, malformed: Vec<(String, String)>, at_ns: u64) {
-        if !self.live.get() {
-            // Told by the first whole state; problems are not part of it.
-            let taken = self.world.borrow_mut().take();
-            let problems = taken.problems.into_iter().map(|problem| (problem.object, problem.reason));
-            self.core.borrow_mut().skipped(problems.chain(malformed));
-            return;
-        }
         let taken = self.world.borrow_mut().take();
         let mut core = self.core.borrow_mut();
-        for event in taken.events {
+        // Until the first whole state is told, that will tell all of it but the problems.
+        let live = self.live.get();
+        for event in taken.events.into_iter().filter(|_| live) {
             core.apply(event, at_ns);
         }
         let problems = taken.problems.into_iter().map(|problem| (problem.object, problem.reason));
         core.skipped(problems.chain(malformed));
-        core.source_confirmed(self.failures.borrow().is_empty());
+        if live {
+            core.source_confirmed(self.failures.borrow().is_empty());
+        }
     }
 
     /// Finds the processes of this node's pods, and tells the first whole state once the pods of it were tried.
@@ -267,21 +267,13 @@ impl Source {
 
     /// One look; true when it changed anything.
     async fn find(&self) -> bool {
-        let (ended, wanted) = {
+        let (known, unfound) = {
             let world = self.world.borrow();
-            let ended = world.processes().into_iter().filter(|(_, process)| !process.lives());
-            (ended.map(|(name, _)| name).collect::<Vec<_>>(), world.unfound())
+            (world.processes(), world.unfound())
         };
-        let mut looked_for = wanted;
-        for name in &ended {
-            let uid = self.world.borrow().uid_of(name);
-            looked_for.extend(uid.map(|uid| (name.clone(), uid)));
-        }
-        if looked_for.is_empty() {
-            return false;
-        }
-        let uids: HashSet<String> = looked_for.iter().map(|(_, uid)| uid.clone()).collect();
-        let found = match tokio::task::spawn_blocking(move || find::processes(&uids)).await {
+        // Reading /proc takes its time: beside the agent's thread.
+        let looked = tokio::task::spawn_blocking(move || look(known, unfound));
+        let found = match looked.await {
             Ok(Ok(found)) => found,
             Ok(Err(error)) => {
                 warn!(%error, "/proc cannot be read: are the node's processes visible (hostPID)?");
@@ -289,17 +281,14 @@ impl Source {
             }
             Err(_) => return false,
         };
-        {
-            let mut world = self.world.borrow_mut();
-            for (name, uid) in &looked_for {
-                let process = found.get(uid).copied();
-                if process.is_some() || ended.contains(name) {
-                    world.found(name, uid, process);
-                }
-            }
+        if found.is_empty() {
+            return false;
+        }
+        for (name, uid, process) in &found {
+            self.world.borrow_mut().found(name, uid, *process);
         }
         self.pass_on(Vec::new(), monotonic_ns());
-        !found.is_empty()
+        true
     }
 
     /// Tells the first whole state.
@@ -327,4 +316,23 @@ impl Source {
         // The whole state is in force, and yet not everything is followed.
         self.tell_failures();
     }
+}
+
+/// A pod of this node, the uid that cgroups name it by, and the process that was found of it.
+type Sighting = (Name, String, Option<Process>);
+
+/// Of the pods that were found before those whose process has ended, with another one if there is; of the others those
+/// that can be found now.
+fn look(known: Vec<(Name, String, Process)>, unfound: Vec<(Name, String)>) -> io::Result<Vec<Sighting>> {
+    let ended = known.into_iter().filter(|(_, _, process)| !process.lives()).map(|(name, uid, _)| (name, uid, true));
+    let looked_for: Vec<_> = ended.chain(unfound.into_iter().map(|(name, uid)| (name, uid, false))).collect();
+    if looked_for.is_empty() {
+        return Ok(Vec::new());
+    }
+    let found = find::processes(&looked_for.iter().map(|(_, uid, _)| uid.clone()).collect())?;
+    let sightings = looked_for.into_iter().map(|(name, uid, ended)| {
+        let process = found.get(&uid).copied();
+        (ended || process.is_some()).then_some((name, uid, process))
+    });
+    Ok(sightings.flatten().collect())
 }

@@ -112,9 +112,13 @@ impl World {
         unfound.collect()
     }
 
-    /// The processes by which the pods of this node were found.
-    pub fn processes(&self) -> Vec<(Name, Process)> {
-        self.local.iter().filter_map(|name| Some((name.clone(), self.here_of(name)?.process?))).collect()
+    /// The pods of this node that were found, by which process.
+    pub fn processes(&self) -> Vec<(Name, String, Process)> {
+        let found = self.local.iter().filter_map(|name| {
+            let here = self.here_of(name)?;
+            Some((name.clone(), here.uid.clone(), here.process?))
+        });
+        found.collect()
     }
 
     /// A process of a pod was found, or the one that was known has ended.
@@ -124,11 +128,6 @@ impl World {
                 here.process = process;
             }
         });
-    }
-
-    /// The uid that cgroups name a pod of this node by.
-    pub fn uid_of(&self, name: &str) -> Option<String> {
-        Some(self.here_of(name)?.uid.clone())
     }
 
     /// Changes what is known of a pod here and tells what follows.
