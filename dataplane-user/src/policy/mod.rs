@@ -1,0 +1,1 @@
+//! Who may talk to whom: L4 authorization, and whether plaintext may enter.
