@@ -133,8 +133,6 @@ pub struct Backend {
 
 /// The backend runs on this node.
 pub const BACKEND_LOCAL: u32 = 1 << 0;
-/// The backend takes HBONE on port 15008.
-pub const BACKEND_HBONE: u32 = 1 << 1;
 
 /// How many backends of one pod a signal reaches in the kernel; the agent does the rest.
 pub const MAX_BACKENDS_PER_POD: u32 = 32;
@@ -150,7 +148,9 @@ pub struct Pod {
     pub stop_signals: u64,
     /// Head of the chain through [`Backend::next_in_pod`].
     pub first_backend: u32,
-    pub _pad: u32,
+    /// Where the agent listens on the pod's loopback for what goes to the mesh; 0: it does not.
+    pub outbound_port_be: u16,
+    pub _pad: u16,
 }
 
 /// The pod's connections are hitless's business.
@@ -159,6 +159,8 @@ pub const POD_ENROLLED: u32 = 1 << 0;
 pub const POD_GATEWAY: u32 = 1 << 1;
 /// The node's own network namespace.
 pub const POD_HOST: u32 = 1 << 2;
+/// The pod is in the mesh: its connections to the mesh are tunnelled, those into it are decided on.
+pub const POD_MESH: u32 = 1 << 3;
 
 /// `LISTENERS` key: who listens where, one entry per wildcard or specific address.
 #[repr(C)]
@@ -210,6 +212,9 @@ pub struct Suspects {
     pub marked: u32,
     pub _pad: u32,
 }
+
+/// How long a client's suspicions count against its share.
+pub const SUSPECT_WINDOW_NS: u64 = 10_000_000_000;
 
 /// The most backends one TCP connect may be tried on: the first and three replays.
 pub const MAX_TRIES: usize = 4;
@@ -295,6 +300,60 @@ pub const SOCKET_DIRECT: u32 = 1 << 2;
 pub const SOCKET_REBOUND: u32 = 1 << 3;
 /// This connect probes a suspect backend (half open).
 pub const SOCKET_PROBE: u32 = 1 << 4;
+/// The connection goes to the agent's listener in the pod, which carries it on.
+pub const SOCKET_TUNNELLED: u32 = 1 << 5;
+/// The agent's own, to an application: `original` is the client that it does that for.
+pub const SOCKET_DELIVERY: u32 = 1 << 6;
+
+/// `MESH`, keyed by [`Addr`]: what is known of an address beyond services and backends.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct MeshAddress {
+    /// `MESH_*`.
+    pub flags: u32,
+    /// The pod's identifier; 0 when it is not a pod of this node.
+    pub pod: u32,
+}
+
+/// It takes HBONE: an enrolled pod's connections to it are tunnelled.
+pub const MESH_HBONE: u32 = 1 << 0;
+/// Its pod takes nothing else from outside, save from [`MESH_NODE`].
+pub const MESH_STRICT: u32 = 1 << 1;
+/// Plaintext to its pod goes to the agent's listener, which asks the policies.
+pub const MESH_CAPTURE: u32 = 1 << 2;
+/// An address of this node, from which the kubelet probes.
+pub const MESH_NODE: u32 = 1 << 3;
+
+/// The port that HBONE is spoken on (Istio's `HBONE_PORT`).
+pub const HBONE_PORT: u16 = 15_008;
+/// What the listener of captured plaintext goes by in `INBOUND` (Istio's inbound plaintext port).
+pub const PLAINTEXT_PORT: u16 = 15_006;
+
+/// `TUNNELLED` and `DELIVERIES` key: a connection on a pod's loopback, by who connects.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
+pub struct LocalConnection {
+    pub netns_cookie: u64,
+    pub addr: Addr,
+    pub port_be: u16,
+    /// Where it connects to.
+    pub listener_port_be: u16,
+    pub _pad: u32,
+}
+
+/// `TUNNELLED` value: what a connection that arrives at the agent's listener is about.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Tunnelled {
+    /// What the application asked for.
+    pub original: Endpoint,
+    /// As in [`Socket`]; 0: the application named the address.
+    pub service: ServiceId,
+    pub backend: u32,
+    pub generation: u32,
+    /// `SOCKET_*`.
+    pub flags: u32,
+}
 
 /// How many services one unconnected UDP socket can talk to at a time.
 pub const UDP_PEERS: usize = 8;
@@ -527,6 +586,14 @@ stats! {
     ListenerClosed => "listeners_closed",
     /// `EVENTS` was full; what the event told is in the maps all the same.
     EventsLost => "events_lost",
+    /// Connects that were led to the agent's listener in the pod.
+    Tunnelled => "connects_tunnelled",
+    /// There was no such listener: the connect went to its destination directly, which takes plaintext.
+    TunnelAbsent => "connects_tunnel_absent",
+    /// Plaintext that was kept out of a strict pod.
+    PlaintextRefused => "plaintext_refused",
+    /// Plaintext that was led to the agent's listener, which asks the policies.
+    PlaintextCaptured => "plaintext_captured",
     /// A map other than `EVENTS` refused an entry.
     MapFull => "map_full",
 }
@@ -541,6 +608,11 @@ pub const MAX_LISTENERS: u32 = 65_536;
 pub const MAX_AFFINITY: u32 = 65_536;
 pub const MAX_SUSPECTS: u32 = 16_384;
 pub const MAX_REBINDS: u32 = 131_072;
+pub const MAX_MESH: u32 = 262_144;
+/// Connections between the SYN and the agent's accept(), or the application's.
+pub const MAX_LOCAL_CONNECTIONS: u32 = 65_536;
+/// Two listeners on each address of each pod.
+pub const MAX_INBOUND: u32 = 4 * MAX_PODS;
 /// Bytes of the `EVENTS` ring.
 pub const EVENTS_BYTES: u32 = 1 << 20;
 
@@ -578,6 +650,9 @@ sizes! {
     Socket = 160,
     UdpPeer = 60,
     UdpSocket = 488,
+    MeshAddress = 8,
+    LocalConnection = 32,
+    Tunnelled = 36,
     FlowKey = 36,
     Rebind = 40,
     Settings = 40,

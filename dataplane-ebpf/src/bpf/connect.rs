@@ -8,7 +8,7 @@ use crate::{
     cell,
     maps::{PODS, SOCKETS, count, settings, stored, stored_or_new},
     route::{Client, Present, Route, frontend, gateway_target, route},
-    udp,
+    tunnel, udp,
 };
 
 /// Every way out of the hook lets the connect proceed: where hitless has nothing to say, others may.
@@ -16,7 +16,18 @@ use crate::{
 pub fn connect(ctx: &SockAddrContext, family: Family) {
     let Some(client) = client(ctx) else { return };
     let Some(original) = endpoint(ctx, family) else { return };
-    match destination(&client, &original, family) {
+    if tunnel::is_agents(ctx, &client) {
+        return;
+    }
+    let found = destination(&client, &original, family);
+    let at = found.map_or(original, |route| route.at);
+    if let Some(listener) = tunnel::entrance(ctx, &client, &at) {
+        let route = found.unwrap_or(Route { at, ..Route::NONE });
+        remember(ctx, &client, &original, &route);
+        tunnel::enter(ctx, family, &listener);
+        return;
+    }
+    match found {
         Some(route) => {
             if route.at != original {
                 set_endpoint(ctx, family, &route.at);

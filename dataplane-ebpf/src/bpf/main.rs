@@ -9,8 +9,8 @@
 )]
 
 use aya_ebpf::{
-    macros::{cgroup_sock_addr, classifier, raw_tracepoint, sock_ops},
-    programs::{RawTracePointContext, SockAddrContext, SockOpsContext, TcContext},
+    macros::{cgroup_sock_addr, classifier, raw_tracepoint, sk_lookup, sock_ops},
+    programs::{RawTracePointContext, SkLookupContext, SockAddrContext, SockOpsContext, TcContext},
 };
 
 use crate::address::Family::{V4, V6};
@@ -19,6 +19,7 @@ mod address;
 mod cell;
 mod connect;
 mod events;
+mod inbound;
 mod maps;
 mod offsets;
 mod pick;
@@ -29,6 +30,7 @@ mod skb;
 mod sockops;
 mod suspect;
 mod tc;
+mod tunnel;
 mod udp;
 
 /// Entry points of one kind: the hook's logic returns nothing, and the hook lets the call proceed.
@@ -57,6 +59,11 @@ proceed! {
 fn hitless_sockops(ctx: SockOpsContext) -> u32 {
     sockops::call_back(&ctx);
     1
+}
+
+#[sk_lookup]
+fn hitless_inbound(ctx: SkLookupContext) -> u32 {
+    inbound::lookup(&ctx)
 }
 
 #[raw_tracepoint(tracepoint = "signal_generate")]

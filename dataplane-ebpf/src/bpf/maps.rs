@@ -2,13 +2,14 @@
 //! agent's; `docs/architecture.md` says who writes what.
 
 use aya_ebpf::bindings::{BPF_SK_STORAGE_GET_F_CREATE, bpf_sock};
-use aya_ebpf::btf_maps::{Array, HashMap, LruHashMap, PerCpuArray, RingBuf, SkStorage};
+use aya_ebpf::btf_maps::{Array, HashMap, LruHashMap, PerCpuArray, RingBuf, SkStorage, SockHash};
 use aya_ebpf::helpers::generated::bpf_sk_storage_get;
 use aya_ebpf::macros::btf_map;
 use dataplane_ebpf::abi::{
-    Affinity, AffinityKey, Backend, EVENTS_BYTES, Endpoint, FlowKey, Frontend, ListenerKey, MAX_AFFINITY, MAX_BACKENDS,
-    MAX_FRONTENDS, MAX_LISTENERS, MAX_PODS, MAX_REBINDS, MAX_SERVICES, MAX_SLOTS, MAX_SUSPECTS, Pod, Rebind, Service,
-    Settings, Slot, SlotKey, Socket, Stat, SuspectKey, Suspects, UdpSocket,
+    Addr, Affinity, AffinityKey, Backend, EVENTS_BYTES, Endpoint, FlowKey, Frontend, ListenerKey, LocalConnection,
+    MAX_AFFINITY, MAX_BACKENDS, MAX_FRONTENDS, MAX_INBOUND, MAX_LISTENERS, MAX_LOCAL_CONNECTIONS, MAX_MESH, MAX_PODS,
+    MAX_REBINDS, MAX_SERVICES, MAX_SLOTS, MAX_SUSPECTS, MeshAddress, Pod, Rebind, Service, Settings, Slot, SlotKey,
+    Socket, Stat, SuspectKey, Suspects, Tunnelled, UdpSocket,
 };
 
 const NO_PREALLOC: usize = aya_ebpf::bindings::BPF_F_NO_PREALLOC as usize;
@@ -48,6 +49,19 @@ pub static REBINDS: LruHashMap<FlowKey, Rebind, { MAX_REBINDS as usize }> = LruH
 /// 0 spares every packet the lookup.
 #[btf_map]
 pub static REBOUND: Array<u64, 1, MMAPABLE> = Array::new();
+/// Address → what is known of it: the tunnel's.
+#[btf_map]
+pub static MESH: HashMap<Addr, MeshAddress, { MAX_MESH as usize }, NO_PREALLOC> = HashMap::new();
+/// A connection to the agent's listener in a pod → where it was meant to go. The agent takes it out.
+#[btf_map]
+pub static TUNNELLED: LruHashMap<LocalConnection, Tunnelled, { MAX_LOCAL_CONNECTIONS as usize }> = LruHashMap::new();
+/// The agent's connection to an application → the client that it is for.
+#[btf_map]
+pub static DELIVERIES: LruHashMap<LocalConnection, Endpoint, { MAX_LOCAL_CONNECTIONS as usize }> = LruHashMap::new();
+/// The agent's listeners by the pod's address and [`HBONE_PORT`](dataplane_ebpf::abi::HBONE_PORT) or
+/// [`PLAINTEXT_PORT`](dataplane_ebpf::abi::PLAINTEXT_PORT).
+#[btf_map]
+pub static INBOUND: SockHash<Endpoint, { MAX_INBOUND as usize }> = SockHash::new();
 #[btf_map]
 pub static SETTINGS: Array<Settings, 1, MMAPABLE> = Array::new();
 /// `abi::Event` records. Not said in the type: libbpf's tools refuse a ring buffer with a value size.

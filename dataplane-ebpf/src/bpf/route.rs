@@ -28,6 +28,12 @@ pub struct Route {
     pub at: Endpoint,
 }
 
+impl Route {
+    /// To no backend.
+    pub const NONE: Self =
+        Self { service: 0, backend: 0, generation: 0, slot: NO_SLOT, flags: 0, at: Endpoint::new(Addr([0; 4]), 0, 0) };
+}
+
 /// Whoever asks.
 pub struct Client<'a> {
     pub settings: &'a Settings,

@@ -2,16 +2,16 @@
 
 use aya_ebpf::{
     bindings::{
-        BPF_ANY, BPF_SOCK_OPS_ACTIVE_ESTABLISHED_CB, BPF_SOCK_OPS_STATE_CB, BPF_SOCK_OPS_STATE_CB_FLAG,
-        BPF_SOCK_OPS_TCP_CONNECT_CB, BPF_SOCK_OPS_TIMEOUT_INIT, BPF_TCP_CLOSE, BPF_TCP_ESTABLISHED, BPF_TCP_SYN_SENT,
-        bpf_sock,
+        BPF_ANY, BPF_SOCK_OPS_ACTIVE_ESTABLISHED_CB, BPF_SOCK_OPS_PASSIVE_ESTABLISHED_CB, BPF_SOCK_OPS_STATE_CB,
+        BPF_SOCK_OPS_STATE_CB_FLAG, BPF_SOCK_OPS_TCP_CONNECT_CB, BPF_SOCK_OPS_TIMEOUT_INIT, BPF_TCP_CLOSE,
+        BPF_TCP_ESTABLISHED, BPF_TCP_SYN_SENT, bpf_sock,
     },
     helpers::{bpf_ktime_get_coarse_ns, bpf_ktime_get_ns, bpf_probe_read_kernel, generated::bpf_skc_to_tcp_sock},
     programs::SockOpsContext,
 };
 use dataplane_ebpf::abi::{
-    Affinity, AffinityKey, EVENT_REFUSED, EVENT_TIMED_OUT, EVENT_UNREACHABLE, Event, SOCKET_ESTABLISHED,
-    SOCKET_REBOUND, Socket, Stat,
+    Affinity, AffinityKey, EVENT_REFUSED, EVENT_TIMED_OUT, EVENT_UNREACHABLE, Event, SOCKET_DELIVERY,
+    SOCKET_ESTABLISHED, SOCKET_REBOUND, SOCKET_TUNNELLED, Socket, Stat,
 };
 
 use crate::{
@@ -21,6 +21,7 @@ use crate::{
     offsets::{OFF_SK_ERR, get},
     route::hitless_adopt,
     suspect::{answered, failed},
+    tunnel,
 };
 
 /// Errors of connect(), as errno(3) numbers them on every architecture that has BPF in CI.
@@ -34,6 +35,10 @@ const EHOSTUNREACH: u32 = 113;
 #[inline(always)]
 pub fn call_back(ctx: &SockOpsContext) {
     let op = ctx.op();
+    if op == BPF_SOCK_OPS_PASSIVE_ESTABLISHED_CB {
+        tunnel::delivered(ctx);
+        return;
+    }
     if op != BPF_SOCK_OPS_TIMEOUT_INIT
         && op != BPF_SOCK_OPS_TCP_CONNECT_CB
         && op != BPF_SOCK_OPS_ACTIVE_ESTABLISHED_CB
@@ -48,6 +53,12 @@ pub fn call_back(ctx: &SockOpsContext) {
     }
     // SAFETY: the context's own socket.
     let Some(stored) = (unsafe { stored(&SOCKETS, sk) }) else { return };
+    if stored.flags & (SOCKET_TUNNELLED | SOCKET_DELIVERY) != 0 {
+        if op == BPF_SOCK_OPS_TCP_CONNECT_CB {
+            tunnel::connecting(ctx, stored);
+        }
+        return;
+    }
     if stored.service == 0 {
         return;
     }

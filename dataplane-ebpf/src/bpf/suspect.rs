@@ -2,7 +2,10 @@
 
 use aya_ebpf::{bindings::BPF_NOEXIST, helpers::bpf_ktime_get_ns};
 use dataplane_ebpf::{
-    abi::{EVENT_RECOVERED, EVENT_SUSPECTED, Event, LAYER_CHOOSE, ServiceId, Settings, Stat, SuspectKey, Suspects},
+    abi::{
+        EVENT_RECOVERED, EVENT_SUSPECTED, Event, LAYER_CHOOSE, SUSPECT_WINDOW_NS, ServiceId, Settings, Stat,
+        SuspectKey, Suspects,
+    },
     choose::may_suspect,
     health::{Health, Input, State, ticks},
 };
@@ -15,8 +18,6 @@ use crate::{
 
 /// How often a lost race for a word is run again. Each loss means that somebody else made news.
 const ATTEMPTS: u32 = 4;
-/// How long a client's suspicions count against its share.
-const WINDOW_NS: u64 = 10_000_000_000;
 
 /// Applies `input` to the backend's word, if it still is of that generation. Returns the word that
 /// was replaced, or `None` when nothing changed.
@@ -162,7 +163,7 @@ fn reserve(key: &SuspectKey, now_ns: u64, percent: u32) -> bool {
     };
     // SAFETY: checked by the verifier. Two CPUs that both restart the window both begin at 0.
     unsafe {
-        if now_ns - cell::read(&raw const (*entry).since_ns) > WINDOW_NS {
+        if now_ns - cell::read(&raw const (*entry).since_ns) > SUSPECT_WINDOW_NS {
             core::ptr::write_volatile(&raw mut (*entry).since_ns, now_ns);
             core::ptr::write_volatile(&raw mut (*entry).marked, 0);
         }

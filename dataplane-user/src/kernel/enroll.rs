@@ -16,7 +16,7 @@ use std::{
     time::Duration,
 };
 
-use dataplane_ebpf::abi::Pod;
+use dataplane_ebpf::abi::{POD_MESH, Pod};
 use tokio::sync::mpsc::{UnboundedReceiver, UnboundedSender, unbounded_channel};
 
 use super::{
@@ -108,6 +108,8 @@ struct PodState {
     /// Counts enrollments: an older job's result is of no interest.
     round: u64,
     cookie: Option<u64>,
+    /// Where the agent listens on the pod's loopback for what goes to the mesh; 0: it does not.
+    outbound_port: u16,
     /// The worker has attached to its interfaces at least once.
     attached: bool,
     failing: bool,
@@ -184,13 +186,16 @@ impl Enroller {
         let before = self.pods.remove(&enrollment.pod);
         let moved = before.as_ref().is_none_or(|before| before.enrollment.netns != enrollment.netns);
         let cookie = before.as_ref().and_then(|before| before.cookie);
+        let mesh = |enrollment: &Enrollment| enrollment.flags & POD_MESH;
+        let guard = before.as_ref().is_some_and(|before| mesh(&before.enrollment) != mesh(enrollment));
         let state = match before {
-            // Only its terms changed: no need to enter the namespace.
+            // Only its terms changed: no need to enter the namespace, unless for what is attached there.
             Some(before) if !moved => PodState { enrollment: enrollment.clone(), ..before },
             _ => PodState {
                 enrollment: enrollment.clone(),
                 round,
                 cookie: None,
+                outbound_port: 0,
                 attached: false,
                 failing: false,
                 recount: Recount::Idle,
@@ -207,8 +212,18 @@ impl Enroller {
             }
             Ok(())
         } else {
+            if guard {
+                self.recheck(enrollment.pod);
+            }
             cookie.map_or(Ok(()), |cookie| self.publish(cookie))
         }
+    }
+
+    /// The agent listens on that port of the pod's loopback (0: no more) for what goes to the mesh.
+    pub fn set_outbound(&mut self, pod: PodId, port: u16) -> Result<(), Error> {
+        let Some(state) = self.pods.get_mut(&pod) else { return Ok(()) };
+        state.outbound_port = port;
+        state.cookie.map_or(Ok(()), |cookie| self.publish(cookie))
     }
 
     pub fn release(&mut self, pod: PodId) -> Result<(), Error> {
@@ -414,7 +429,9 @@ impl Enroller {
             return self.maps.pods.delete(&cookie).map(drop);
         };
         let Enrollment { pod, flags, stop_signals, first_backend, .. } = *state.enrollment;
-        self.maps.pods.put(&cookie, &Pod { pod, flags, stop_signals, first_backend, _pad: 0 })
+        let outbound_port_be = state.outbound_port.to_be();
+        let value = Pod { pod, flags, stop_signals, first_backend, outbound_port_be, _pad: 0 };
+        self.maps.pods.put(&cookie, &value)
     }
 
     /// A pod left that namespace: the programs let go of it at once, its interfaces follow.

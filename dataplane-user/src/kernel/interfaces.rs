@@ -2,18 +2,19 @@
 //!
 //! tcx links are pinned as `tc-<cookie>-<ifindex>-<in|out>`. Where the kernel has none, filters hang
 //! on clsact; `tcf-<cookie>-<ifindex>` is the program pinned as a record of that, and
-//! `tcq-<cookie>-<ifindex>` a record that the qdisc is ours too.
+//! `tcq-<cookie>-<ifindex>` a record that the qdisc is ours too. A pod of the mesh has `sk-<cookie>-0`
+//! besides: the link of what decides on connections into it.
 
 use std::{
     collections::{BTreeMap, BTreeSet},
     fs, io,
-    os::fd::AsFd,
+    os::fd::{AsFd, AsRawFd},
     os::unix::fs::MetadataExt,
     path::{Path, PathBuf},
     sync::Arc,
 };
 
-use dataplane_ebpf::abi::{ListenerKey, POD_HOST};
+use dataplane_ebpf::abi::{ListenerKey, POD_HOST, POD_MESH};
 
 use super::{
     Tcx,
@@ -58,9 +59,12 @@ const fn programs_on(host: bool) -> [(Direction, &'static str, &'static str, Att
     [(Direction::Ingress, ingress, "in", Attach::TcxIngress), (Direction::Egress, egress, "out", Attach::TcxEgress)]
 }
 
-/// Every program that goes on interfaces.
+/// Decides which socket takes a connection into a pod.
+const INBOUND: &str = "hitless_inbound";
+
+/// Every program that goes on interfaces or into namespaces.
 pub fn program_names() -> impl Iterator<Item = &'static str> {
-    [false, true].into_iter().flat_map(programs_on).map(|(_, name, _, _)| name)
+    [false, true].into_iter().flat_map(programs_on).map(|(_, name, _, _)| name).chain([INBOUND])
 }
 
 impl Interfaces {
@@ -88,6 +92,8 @@ impl Interfaces {
         interfaces.retain(|interface| !interface.loopback && (!host || (interface.up && !interface.enslaved)));
         self.forget_vanished(cookie, &interfaces).map_err(failed("unpinning links of interfaces that are gone"))?;
         let mut repaired = Vec::new();
+        self.guard(cookie, enrollment.flags & POD_MESH != 0)
+            .map_err(failed("attaching what decides on connections into it (sk_lookup)"))?;
         for interface in &interfaces {
             let attached = if self.tcx {
                 self.attach_tcx(cookie, host, interface)
@@ -113,6 +119,19 @@ impl Interfaces {
         let listeners = listeners::recount(&self.maps, cookie).map_err(failed("counting its listeners (sock_diag)"))?;
         let interfaces = interfaces.into_iter().map(|interface| interface.name).collect();
         Ok(Attachment { cookie, interfaces, repaired, tcx: self.tcx, listeners })
+    }
+
+    /// In the namespace: attaches the program that decides on connections into it, or lets it go.
+    fn guard(&self, cookie: u64, wanted: bool) -> io::Result<()> {
+        let pin = self.links.join(format!("sk-{cookie:x}-0"));
+        if !wanted {
+            return links::unpin(&pin);
+        }
+        let program = self.programs.get(INBOUND).ok_or(io::ErrorKind::NotFound)?;
+        let netns = fs::File::open("/proc/thread-self/ns/net")?;
+        let create = || sys::link_create(program, netns.as_raw_fd() as u32, Attach::SkLookup);
+        // Inode numbers of namespaces have 32 bits.
+        links::update_or(&pin, program, netns.metadata()?.ino(), create).map(drop)
     }
 
     fn attach_tcx(&self, cookie: u64, host: bool, interface: &Interface) -> io::Result<Attached> {
@@ -171,7 +190,7 @@ impl Interfaces {
     fn forget_vanished(&self, cookie: u64, interfaces: &[Interface]) -> io::Result<()> {
         for pin in snapshot::pinned(&self.links).map_err(io::Error::other)? {
             let Some((_, owner, index)) = parse(&pin) else { continue };
-            if owner == cookie && interfaces.iter().all(|interface| interface.index != index) {
+            if owner == cookie && index != 0 && interfaces.iter().all(|interface| interface.index != index) {
                 links::unpin(&pin)?;
             }
         }
@@ -215,7 +234,7 @@ impl Interfaces {
 /// `(kind, cookie, interface)` of a pin of this module.
 fn parse(pin: &Path) -> Option<(&str, u64, u32)> {
     let mut parts = pin.file_name()?.to_str()?.split('-');
-    let kind = parts.next().filter(|kind| matches!(*kind, "tc" | "tcf" | "tcq"))?;
+    let kind = parts.next().filter(|kind| matches!(*kind, "tc" | "tcf" | "tcq" | "sk"))?;
     Some((kind, u64::from_str_radix(parts.next()?, 16).ok()?, parts.next()?.parse().ok()?))
 }
 
@@ -248,7 +267,7 @@ fn remove(pins: &[PathBuf], path: Option<&Path>) -> Result<(), Error> {
     let mut filters: BTreeMap<u64, BTreeSet<u32>> = BTreeMap::new();
     for pin in pins {
         match parse(pin) {
-            Some(("tc", ..)) => {
+            Some(("tc" | "sk", ..)) => {
                 links::unpin(pin).map_err(|source| Error::Pin { path: pin.clone(), doing: "unpinning", source })?;
             }
             Some((_, cookie, index)) => drop(filters.entry(cookie).or_default().insert(index)),

@@ -80,6 +80,7 @@ fn verify(program: &mut Program) -> Result<(), ProgramError> {
         Program::SockOps(program) => program.load(),
         Program::RawTracePoint(program) => program.load(),
         Program::SchedClassifier(program) => program.load(),
+        Program::SkLookup(program) => program.load(),
         _ => Err(ProgramError::UnexpectedProgramType),
     }
 }

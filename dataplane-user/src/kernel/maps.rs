@@ -26,6 +26,8 @@ pub struct Sizes {
     pub affinity: u32,
     pub suspects: u32,
     pub rebinds: u32,
+    /// Addresses of the mesh's workloads and of this node.
+    pub mesh: u32,
     /// Bytes of the event ring, a power of two of at least one page.
     pub events_bytes: u32,
 }
@@ -42,6 +44,7 @@ impl Default for Sizes {
             affinity: abi::MAX_AFFINITY,
             suspects: abi::MAX_SUSPECTS,
             rebinds: abi::MAX_REBINDS,
+            mesh: abi::MAX_MESH,
             events_bytes: abi::EVENTS_BYTES,
         }
     }
@@ -60,6 +63,8 @@ pub const SIZED: &[(&str, &str)] = &[
     ("AFFINITY", "affinity"),
     ("SUSPECTS", "suspects"),
     ("REBINDS", "rebinds"),
+    ("MESH", "mesh"),
+    ("INBOUND", "pods"),
     ("EVENTS", "eventsBytes"),
 ];
 
@@ -92,6 +97,8 @@ impl Sizes {
             "AFFINITY" => self.affinity,
             "SUSPECTS" => self.suspects,
             "REBINDS" => self.rebinds,
+            "MESH" => self.mesh,
+            "INBOUND" => self.pods.saturating_mul(abi::MAX_INBOUND / abi::MAX_PODS),
             "EVENTS" => self.events_bytes,
             _ => return None,
         })
@@ -150,6 +157,11 @@ pub struct Maps {
     pub affinity: HashMap,
     pub suspects: HashMap,
     pub rebinds: HashMap,
+    pub mesh: HashMap,
+    pub tunnelled: HashMap,
+    pub inbound: HashMap,
+    /// By descriptor of the socket.
+    pub sockets: HashMap,
     pub services: MappedArray<abi::Service>,
     pub backends: MappedArray<abi::Backend>,
     pub health: MappedArray<u64>,
@@ -188,6 +200,10 @@ impl Maps {
             affinity: hash("AFFINITY")?,
             suspects: hash("SUSPECTS")?,
             rebinds: hash("REBINDS")?,
+            mesh: hash("MESH")?,
+            tunnelled: hash("TUNNELLED")?,
+            inbound: hash("INBOUND")?,
+            sockets: hash("SOCKETS")?,
             services: mapped("SERVICES", open("SERVICES")?, sizes.services, writable)?,
             backends: mapped("BACKENDS", open("BACKENDS")?, sizes.backends, writable)?,
             health: mapped("HEALTH", open("HEALTH")?, sizes.backends, writable)?,

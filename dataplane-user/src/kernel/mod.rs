@@ -29,6 +29,7 @@ mod reader;
 mod snapshot;
 mod sweep;
 mod sys;
+mod tunnel;
 mod writer;
 
 use std::{
@@ -53,6 +54,7 @@ pub use reader::Reader;
 pub use snapshot::{LinkState, Removed, Snapshot, State, snapshot, uninstall};
 pub use sweep::Swept;
 pub use sys::trim_heap;
+pub use tunnel::TunnelMaps;
 pub use writer::Rejected;
 
 use crate::registry::{
@@ -303,6 +305,16 @@ impl Kernel {
     /// How full each map is. It walks them: not for hot paths.
     pub fn occupancy(&self) -> Result<Vec<Occupancy>, Error> {
         snapshot::occupancy(&self.maps)
+    }
+
+    /// The agent listens on that port of the pod's loopback (0: no more) for what goes to the mesh.
+    pub fn set_outbound(&mut self, pod: PodId, port: u16) -> Result<(), Error> {
+        self.enroll.set_outbound(pod, port)
+    }
+
+    /// For the tunnel's threads.
+    pub fn tunnel_maps(&self) -> TunnelMaps {
+        TunnelMaps::new(self.maps.clone())
     }
 
     /// For another thread to look at the maps.

@@ -70,6 +70,7 @@ pub fn occupancy(maps: &Maps) -> Result<Vec<Occupancy>, Error> {
         count::<abi::AffinityKey, abi::Affinity>(&maps.affinity)?,
         count::<abi::SuspectKey, abi::Suspects>(&maps.suspects)?,
         count::<abi::FlowKey, abi::Rebind>(&maps.rebinds)?,
+        count::<abi::Addr, abi::MeshAddress>(&maps.mesh)?,
     ])
 }
 

@@ -42,6 +42,8 @@ pub enum Attach {
     CgroupUdp6Recvmsg = 20,
     CgroupInet4Getpeername = 29,
     CgroupInet6Getpeername = 30,
+    /// Of a network namespace.
+    SkLookup = 36,
     TcxIngress = 46,
     TcxEgress = 47,
 }
@@ -237,7 +239,7 @@ struct LinkCreate {
     extra: [u64; 2],
 }
 
-/// `target` is a cgroup's descriptor or, for tcx, an interface index.
+/// `target` is the descriptor of a cgroup or network namespace or, for tcx, an interface index.
 pub fn link_create(program: BorrowedFd<'_>, target: u32, attach: Attach) -> io::Result<OwnedFd> {
     let mut attributes =
         LinkCreate { prog_fd: program.as_raw_fd() as u32, target, attach_type: attach as u32, flags: 0, extra: [0; 2] };
@@ -368,7 +370,8 @@ pub struct LinkInfo {
     pub id: u32,
     pub program_id: u32,
     _pad: u32,
-    /// cgroup: its id (0: the cgroup is gone); tcx: low half the interface index (0: it is gone).
+    /// cgroup: its id (0: the cgroup is gone); tcx and network namespace: in the low half the interface's index or the
+    /// namespace's inode number (0: it is gone).
     target: u64,
     attach_type: u32,
     _reserved: [u32; 7],
@@ -377,13 +380,14 @@ pub struct LinkInfo {
 /// `enum bpf_link_type`.
 pub const LINK_RAW_TRACEPOINT: u32 = 1;
 pub const LINK_CGROUP: u32 = 3;
+pub const LINK_NETNS: u32 = 4;
 pub const LINK_TCX: u32 = 11;
 
 impl LinkInfo {
-    /// What the link hangs on: cgroup id or interface index; 0 when that is gone.
+    /// What the link hangs on: cgroup id, interface index, inode of a network namespace; 0 when that is gone.
     pub const fn target(&self) -> u64 {
         match self.kind {
-            LINK_TCX => self.target & 0xffff_ffff,
+            LINK_TCX | LINK_NETNS => self.target & 0xffff_ffff,
             LINK_CGROUP => self.target,
             _ => 0,
         }

@@ -22,7 +22,7 @@ struct Kind {
 const HASH_FLAGS: u32 = NO_PREALLOC | NO_COMMON_LRU | NUMA_NODE | ACCESS | ZERO_SEED;
 
 /// The types the object may use. Another one: read its `map_alloc_check` in 5.15 and add it.
-const KINDS: [Kind; 8] = [
+const KINDS: [Kind; 9] = [
     // kernel/bpf/hashtab.c: htab_map_alloc_check.
     Kind { id: 1, name: "HASH", allowed: HASH_FLAGS & !NO_COMMON_LRU, required: 0 },
     // kernel/bpf/arraymap.c: array_map_alloc_check.
@@ -33,6 +33,8 @@ const KINDS: [Kind; 8] = [
     Kind { id: 9, name: "LRU_HASH", allowed: HASH_FLAGS & !NO_PREALLOC, required: 0 },
     // kernel/bpf/lpm_trie.c: trie_alloc.
     Kind { id: 11, name: "LPM_TRIE", allowed: NO_PREALLOC | NUMA_NODE | ACCESS, required: NO_PREALLOC },
+    // net/core/sock_map.c: sock_hash_alloc.
+    Kind { id: 18, name: "SOCKHASH", allowed: NUMA_NODE | ACCESS, required: 0 },
     // kernel/bpf/bpf_local_storage.c: bpf_local_storage_map_alloc_check.
     Kind { id: 24, name: "SK_STORAGE", allowed: NO_PREALLOC | CLONE, required: NO_PREALLOC },
     // kernel/bpf/ringbuf.c: ringbuf_map_alloc.

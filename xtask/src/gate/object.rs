@@ -91,6 +91,7 @@ fn section(section: &ProgramSection) -> (String, String) {
     let (kind, attach) = match section {
         ProgramSection::CgroupSockAddr { attach_type } => ("sock_addr", format!("{attach_type:?}").to_lowercase()),
         ProgramSection::SockOps => ("sock_ops", String::new()),
+        ProgramSection::SkLookup => ("sk_lookup", String::new()),
         ProgramSection::SchedClassifier => ("sched_cls", String::new()),
         ProgramSection::RawTracePoint => ("raw_tracepoint", String::new()),
         other => return (format!("{other:?}").to_lowercase(), String::new()),
