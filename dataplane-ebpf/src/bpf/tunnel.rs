@@ -29,6 +29,28 @@ const LOOPBACK6: [u32; 4] = [0, 0, 0, 1_u32.to_be()];
 const AF_INET: u32 = 2;
 const AF_INET6: u32 = 10;
 
+/// One field of the context. The verifier wants each read to be of exactly one field, at an offset that it knows.
+macro_rules! field {
+    ($ctx:expr, $($field:tt)+) => {
+        // SAFETY: the verifier allows reads of these fields of the context.
+        unsafe { core::ptr::read_volatile(&raw const (*$ctx.ops).$($field)+) }
+    };
+}
+
+/// One end's address. `None`: neither IPv4 nor IPv6.
+macro_rules! address {
+    ($ctx:expr, $ip4:ident, $ip6:ident) => {
+        match field!($ctx, family) {
+            AF_INET => Some(Addr::v4(field!($ctx, $ip4))),
+            // A socket of both families says so and has a mapped address.
+            AF_INET6 => {
+                Some(Addr([field!($ctx, $ip6[0]), field!($ctx, $ip6[1]), field!($ctx, $ip6[2]), field!($ctx, $ip6[3])]))
+            }
+            _ => None,
+        }
+    };
+}
+
 /// Is the connect the agent's own? Its sockets in pods bear its mark, which takes privilege to set.
 #[inline(always)]
 pub fn is_agents(ctx: &SockAddrContext, client: &Client<'_>) -> bool {
@@ -106,12 +128,12 @@ pub fn enter(ctx: &SockAddrContext, family: Family, listener: &Endpoint) {
 /// known now, and whoever accepts it can find what it is about.
 #[inline(always)]
 pub fn connecting(ctx: &SockOpsContext, stored: &Socket) {
-    let Some(addr) = address(ctx, false) else { return };
+    let Some(addr) = address!(ctx, local_ip4, local_ip6) else { return };
     let key = LocalConnection {
         // SAFETY: the helper takes the context.
         netns_cookie: unsafe { bpf_get_netns_cookie(ctx.as_ptr()) },
         addr,
-        port_be: (ctx.local_port() as u16).to_be(),
+        port_be: (field!(ctx, local_port) as u16).to_be(),
         listener_port_be: remote_port_be(ctx),
         _pad: 0,
     };
@@ -129,7 +151,7 @@ pub fn connecting(ctx: &SockOpsContext, stored: &Socket) {
 /// A connection was accepted. If the agent delivers it for a client, the application sees that client's address.
 #[inline(always)]
 pub fn delivered(ctx: &SockOpsContext) {
-    let Some(addr) = address(ctx, true) else { return };
+    let Some(addr) = address!(ctx, remote_ip4, remote_ip6) else { return };
     if addr != Addr::v4(LOOPBACK4) && addr != Addr(LOOPBACK6) {
         return;
     }
@@ -138,7 +160,7 @@ pub fn delivered(ctx: &SockOpsContext) {
         netns_cookie: unsafe { bpf_get_netns_cookie(ctx.as_ptr()) },
         addr,
         port_be: remote_port_be(ctx),
-        listener_port_be: (ctx.local_port() as u16).to_be(),
+        listener_port_be: (field!(ctx, local_port) as u16).to_be(),
         _pad: 0,
     };
     let Some(client) = DELIVERIES.get_ptr(key) else { return };
@@ -158,21 +180,9 @@ pub fn delivered(ctx: &SockOpsContext) {
     stored.peer = Endpoint::new(addr, key.port_be, PROTO_TCP);
 }
 
-/// One end's address. `None`: neither IPv4 nor IPv6.
-#[inline(always)]
-fn address(ctx: &SockOpsContext, remote: bool) -> Option<Addr> {
-    let v4 = if remote { ctx.remote_ip4() } else { ctx.local_ip4() };
-    let v6 = if remote { ctx.remote_ip6() } else { ctx.local_ip6() };
-    match ctx.family() {
-        AF_INET => Some(Addr::v4(v4)),
-        // A socket of both families says so and has a mapped address.
-        AF_INET6 => Some(Addr(v6)),
-        _ => None,
-    }
-}
-
 /// The kernel tells it in the upper half of a big-endian word.
 #[inline(always)]
 fn remote_port_be(ctx: &SockOpsContext) -> u16 {
-    if cfg!(target_endian = "little") { (ctx.remote_port() >> 16) as u16 } else { ctx.remote_port() as u16 }
+    let port = field!(ctx, remote_port);
+    if cfg!(target_endian = "little") { (port >> 16) as u16 } else { port as u16 }
 }
