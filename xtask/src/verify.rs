@@ -81,6 +81,7 @@ fn load_program(program: &mut Program) -> Result<()> {
     match program {
         Program::CgroupSockAddr(program) => program.load()?,
         Program::SockOps(program) => program.load()?,
+        Program::SkLookup(program) => program.load()?,
         Program::SchedClassifier(program) => program.load()?,
         Program::RawTracePoint(program) => program.load()?,
         other => bail!("xtask/src/verify.rs does not know how to load a {:?} program", other.prog_type()),
