@@ -30,23 +30,20 @@ pub fn lookup(ctx: &SkLookupContext) -> u32 {
     if field!(ctx, protocol) != u32::from(PROTO_TCP) {
         return SK_PASS;
     }
-    let (remote, local) = if field!(ctx, family) == AF_INET {
-        (Addr::v4(field!(ctx, remote_ip4)), Addr::v4(field!(ctx, local_ip4)))
-    } else {
-        let remote = [
-            field!(ctx, remote_ip6[0]),
-            field!(ctx, remote_ip6[1]),
-            field!(ctx, remote_ip6[2]),
-            field!(ctx, remote_ip6[3]),
-        ];
-        let local = [
-            field!(ctx, local_ip6[0]),
-            field!(ctx, local_ip6[1]),
-            field!(ctx, local_ip6[2]),
-            field!(ctx, local_ip6[3]),
-        ];
-        (Addr(remote), Addr(local))
-    };
+    // All of them, whatever the family: of two branches the compiler would make one read at an offset that it
+    // computes, which the verifier forbids.
+    let (remote4, local4) = (field!(ctx, remote_ip4), field!(ctx, local_ip4));
+    let remote6 = [
+        field!(ctx, remote_ip6[0]),
+        field!(ctx, remote_ip6[1]),
+        field!(ctx, remote_ip6[2]),
+        field!(ctx, remote_ip6[3]),
+    ];
+    let local6 =
+        [field!(ctx, local_ip6[0]), field!(ctx, local_ip6[1]), field!(ctx, local_ip6[2]), field!(ctx, local_ip6[3])];
+    let v4 = field!(ctx, family) == AF_INET;
+    let remote = if v4 { Addr::v4(remote4) } else { Addr(remote6) };
+    let local = if v4 { Addr::v4(local4) } else { Addr(local6) };
     // The pod itself, or the agent in it. From outside the kernel takes neither (RFC 1122 section 3.2.1.3, RFC 4291
     // section 2.5.3; a packet with the pod's own source address is answered to the pod itself).
     if remote == local || is_loopback(&remote) {

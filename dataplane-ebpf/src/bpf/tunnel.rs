@@ -37,18 +37,19 @@ macro_rules! field {
     };
 }
 
-/// One end's address. `None`: neither IPv4 nor IPv6.
+/// One end's address. `None`: neither IPv4 nor IPv6. Both are read, whatever the family: of two branches the compiler
+/// would make one read at an offset that it computes.
 macro_rules! address {
-    ($ctx:expr, $ip4:ident, $ip6:ident) => {
+    ($ctx:expr, $ip4:ident, $ip6:ident) => {{
+        let v4 = field!($ctx, $ip4);
+        let v6 = [field!($ctx, $ip6[0]), field!($ctx, $ip6[1]), field!($ctx, $ip6[2]), field!($ctx, $ip6[3])];
         match field!($ctx, family) {
-            AF_INET => Some(Addr::v4(field!($ctx, $ip4))),
+            AF_INET => Some(Addr::v4(v4)),
             // A socket of both families says so and has a mapped address.
-            AF_INET6 => {
-                Some(Addr([field!($ctx, $ip6[0]), field!($ctx, $ip6[1]), field!($ctx, $ip6[2]), field!($ctx, $ip6[3])]))
-            }
+            AF_INET6 => Some(Addr(v6)),
             _ => None,
         }
-    };
+    }};
 }
 
 /// Is the connect the agent's own? Its sockets in pods bear its mark, which takes privilege to set.
