@@ -326,8 +326,6 @@ pub const MESH_NODE: u32 = 1 << 3;
 
 /// The port that HBONE is spoken on (Istio's `HBONE_PORT`).
 pub const HBONE_PORT: u16 = 15_008;
-/// What the listener of captured plaintext goes by in `INBOUND` (Istio's inbound plaintext port).
-pub const PLAINTEXT_PORT: u16 = 15_006;
 
 /// `TUNNELLED` and `DELIVERIES` key: a connection on a pod's loopback, by who connects.
 #[repr(C)]
@@ -611,7 +609,7 @@ pub const MAX_REBINDS: u32 = 131_072;
 pub const MAX_MESH: u32 = 262_144;
 /// Connections between the SYN and the agent's accept(), or the application's.
 pub const MAX_LOCAL_CONNECTIONS: u32 = 65_536;
-/// Two listeners on each address of each pod.
+/// By the pods' addresses.
 pub const MAX_INBOUND: u32 = 4 * MAX_PODS;
 /// Bytes of the `EVENTS` ring.
 pub const EVENTS_BYTES: u32 = 1 << 20;

@@ -8,6 +8,7 @@ pub mod doctor;
 pub mod hbone;
 pub mod identity;
 pub mod kernel;
+pub mod mesh;
 pub mod metrics;
 pub mod model;
 pub mod policy;

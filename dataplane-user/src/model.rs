@@ -162,6 +162,9 @@ pub struct Pod {
     /// Names or numbers; default TERM.
     #[serde(default)]
     pub stop_signals: Vec<String>,
+    /// Part of its identity in the mesh; `None`: `default`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub service_account: Option<Arc<str>>,
     /// It was deleted (deletionTimestamp): its backends leave every service at once.
     #[serde(default)]
     pub terminating: bool,

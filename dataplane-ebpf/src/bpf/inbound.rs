@@ -5,8 +5,7 @@ use aya_ebpf::{
     programs::SkLookupContext,
 };
 use dataplane_ebpf::abi::{
-    Addr, Endpoint, HBONE_PORT, MESH_CAPTURE, MESH_HBONE, MESH_NODE, MESH_STRICT, MeshAddress, PLAINTEXT_PORT,
-    PROTO_TCP, Stat,
+    Addr, HBONE_PORT, MESH_CAPTURE, MESH_HBONE, MESH_NODE, MESH_STRICT, MeshAddress, PROTO_TCP, Stat,
 };
 
 use crate::{
@@ -53,7 +52,7 @@ pub fn lookup(ctx: &SkLookupContext) -> u32 {
     if field!(ctx, local_port) == u32::from(HBONE_PORT) {
         if here.flags & MESH_HBONE != 0 {
             // Without the agent nobody is there to take it, and the usual lookup says so.
-            hand(ctx, local, HBONE_PORT);
+            hand(ctx, local);
         }
         return SK_PASS;
     }
@@ -63,7 +62,7 @@ pub fn lookup(ctx: &SkLookupContext) -> u32 {
     if about(remote).is_some_and(|from| from.flags & MESH_NODE != 0) {
         return SK_PASS;
     }
-    if here.flags & MESH_CAPTURE != 0 && here.flags & MESH_STRICT == 0 && hand(ctx, local, PLAINTEXT_PORT) {
+    if here.flags & MESH_CAPTURE != 0 && here.flags & MESH_STRICT == 0 && hand(ctx, local) {
         count(Stat::PlaintextCaptured);
         return SK_PASS;
     }
@@ -81,9 +80,8 @@ fn about(addr: Addr) -> Option<MeshAddress> {
 
 /// Gives the connection to the agent's listener, if there is one.
 #[inline(always)]
-fn hand(ctx: &SkLookupContext, local: Addr, port: u16) -> bool {
-    let key = Endpoint::new(local, port.to_be(), PROTO_TCP);
-    INBOUND.redirect_sk_lookup(SkLookupContext::new(ctx.lookup), key, 0).is_ok()
+fn hand(ctx: &SkLookupContext, local: Addr) -> bool {
+    INBOUND.redirect_sk_lookup(SkLookupContext::new(ctx.lookup), local, 0).is_ok()
 }
 
 #[inline(always)]

@@ -58,10 +58,9 @@ pub static TUNNELLED: LruHashMap<LocalConnection, Tunnelled, { MAX_LOCAL_CONNECT
 /// The agent's connection to an application → the client that it is for.
 #[btf_map]
 pub static DELIVERIES: LruHashMap<LocalConnection, Endpoint, { MAX_LOCAL_CONNECTIONS as usize }> = LruHashMap::new();
-/// The agent's listeners by the pod's address and [`HBONE_PORT`](dataplane_ebpf::abi::HBONE_PORT) or
-/// [`PLAINTEXT_PORT`](dataplane_ebpf::abi::PLAINTEXT_PORT).
+/// A pod's address → the agent's listener for it.
 #[btf_map]
-pub static INBOUND: SockHash<Endpoint, { MAX_INBOUND as usize }> = SockHash::new();
+pub static INBOUND: SockHash<Addr, { MAX_INBOUND as usize }> = SockHash::new();
 #[btf_map]
 pub static SETTINGS: Array<Settings, 1, MMAPABLE> = Array::new();
 /// `abi::Event` records. Not said in the type: libbpf's tools refuse a ring buffer with a value size.

@@ -153,7 +153,8 @@ pub fn connecting(ctx: &SockOpsContext, stored: &Socket) {
 #[inline(always)]
 pub fn delivered(ctx: &SockOpsContext) {
     let Some(addr) = address!(ctx, remote_ip4, remote_ip6) else { return };
-    if addr != Addr::v4(LOOPBACK4) && addr != Addr(LOOPBACK6) {
+    // The agent connects from the pod's own address.
+    if Some(addr) != address!(ctx, local_ip4, local_ip6) {
         return;
     }
     let key = LocalConnection {

@@ -65,14 +65,14 @@ impl TunnelMaps {
         self.0.sockets.put(&socket.as_raw_fd(), &value)
     }
 
-    /// Has `hitless_inbound` give connections to that address and port to the listener. It ends with the listener.
-    pub fn take_inbound(&self, addr: IpAddr, port: u16, listener: BorrowedFd<'_>) -> Result<(), Error> {
-        let key = Endpoint::new(address::addr(addr), port.to_be(), PROTO_TCP);
-        self.0.inbound.put(&key, &(listener.as_raw_fd() as u32))
+    /// Has `hitless_inbound` give connections into the pod of that address to the listener, for as long as it is open.
+    pub fn take_inbound(&self, addr: IpAddr, listener: BorrowedFd<'_>) -> Result<(), Error> {
+        self.0.inbound.put(&address::addr(addr), &(listener.as_raw_fd() as u32))
     }
 
-    pub fn leave_inbound(&self, addr: IpAddr, port: u16) -> Result<bool, Error> {
-        self.0.inbound.delete(&Endpoint::new(address::addr(addr), port.to_be(), PROTO_TCP))
+    /// No more from now on. What was accepted goes on.
+    pub fn leave_inbound(&self, addr: IpAddr) -> Result<bool, Error> {
+        self.0.inbound.delete(&address::addr(addr))
     }
 
     pub fn put_address(&self, addr: IpAddr, value: MeshAddress) -> Result<(), Error> {

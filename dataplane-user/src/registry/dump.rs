@@ -97,6 +97,7 @@ impl Registry {
             gateway: has(POD_GATEWAY),
             labels: Default::default(),
             stop_signals: pod.local.as_ref().map_or_else(Vec::new, |local| numbers(local.stop_signals)),
+            service_account: None,
             terminating: pod.terminating,
         })
     }

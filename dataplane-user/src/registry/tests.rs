@@ -362,6 +362,7 @@ fn pod() -> impl Strategy<Value = model::Pod> {
             gateway,
             labels: BTreeMap::new(),
             stop_signals: Vec::new(),
+            service_account: None,
             terminating,
         }
     })
@@ -537,6 +538,7 @@ fn a_terminating_pod_is_marked_before_its_slot_moves() {
         gateway: false,
         labels: BTreeMap::new(),
         stop_signals: Vec::new(),
+        service_account: None,
         terminating: true,
     };
     let (changes, _) = node.apply(upsert(Object::Pod(pod.clone())));

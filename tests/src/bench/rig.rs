@@ -284,6 +284,7 @@ pub fn model_pod(pod: &Pod, enrolled: bool) -> model::Pod {
         gateway: false,
         labels: Default::default(),
         stop_signals: Vec::new(),
+        service_account: None,
         terminating: false,
     }
 }

@@ -122,6 +122,7 @@ impl ControlPlane {
             gateway: terms.gateway,
             labels: BTreeMap::new(),
             stop_signals: terms.stop_signals.clone(),
+            service_account: None,
             terminating: false,
         };
         let mut state = self.state();

@@ -246,6 +246,7 @@ fn elsewhere(name: &Name, terminating: bool) -> model::Pod {
         gateway: false,
         labels: Default::default(),
         stop_signals: Vec::new(),
+        service_account: None,
         terminating,
     }
 }
