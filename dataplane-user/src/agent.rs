@@ -2,6 +2,7 @@
 
 pub mod core;
 mod instruments;
+mod mesh;
 mod prove;
 mod report;
 
@@ -72,13 +73,27 @@ async fn serve(config: Config) -> anyhow::Result<()> {
     if adopted {
         info!(layout = kernel.layout(), backends = seed.backends.len(), "adopted the kernel path of an earlier agent");
     }
-    let registry = Registry::with_limits(seed, config.limits());
-    let core: Shared = Rc::new(RefCell::new(Core::new(registry, kernel, adopted)));
+    let registry = Registry::with_limits(seed, config.limits()).with_mesh(config.mesh.is_some());
+    let mesh = match &config.mesh {
+        Some(settings) => Some(mesh::Mesh::start(settings, kernel.tunnel_maps())?),
+        None => None,
+    };
+    let mut tasks = JoinSet::new();
+    let mesh = match mesh {
+        Some((mesh, parts)) => {
+            parts.into_iter().for_each(|(name, part)| spawn(&mut tasks, name, part));
+            mesh
+        }
+        None => mesh::Mesh::none(&kernel.tunnel_maps())?,
+    };
+    let core: Shared = Rc::new(RefCell::new(Core::new(registry, kernel, adopted, mesh)));
+    if config.mesh.is_some() {
+        spawn(&mut tasks, "mesh", mesh::tend(core.clone()));
+    }
     if config.host {
         core.borrow_mut().enroll_host();
     }
 
-    let mut tasks = JoinSet::new();
     let reread = Rc::new(Notify::new());
     match &config.source {
         Source::File(path) => {

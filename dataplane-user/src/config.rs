@@ -2,8 +2,6 @@
 //!
 //! A flag wins over `HITLESS_<NAME>`, that over the file, that over the default.
 
-pub mod in_force;
-
 use std::{fmt, path::PathBuf, str::FromStr, time::Duration};
 
 use anyhow::{Context as _, bail};
@@ -22,6 +20,18 @@ use crate::{
     registry::Limits,
     source,
 };
+
+/// One struct of options over another, field by field.
+macro_rules! prefer {
+    ($over:expr, $under:expr, $($field:ident),* $(,)?) => {
+        Self { $($field: $over.$field.or($under.$field)),* }
+    };
+}
+
+pub mod in_force;
+pub mod mesh;
+
+pub use mesh::{IdentitySource, MeshOptions, MeshSettings};
 
 /// Everything that can be set. Unset fields take what the next source says.
 #[derive(Args, Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -105,6 +115,10 @@ pub struct Options {
     #[arg(long, env = "HITLESS_METRICS_ADDRESS", value_name = "ADDRESS")]
     pub metrics_address: Option<MetricsAddress>,
 
+    #[command(flatten)]
+    #[serde(flatten)]
+    pub mesh: MeshOptions,
+
     /// How log lines look [default: text]
     #[arg(long, env = "HITLESS_LOG_FORMAT", value_name = "FORMAT")]
     pub log_format: Option<LogFormat>,
@@ -135,7 +149,7 @@ pub struct Place {
     pub name: Option<String>,
 
     /// Map sizes other than the defaults: backends=1000,slots=4000 (also frontends, services, pods,
-    /// listeners, affinity, suspects, rebinds, eventsBytes)
+    /// listeners, affinity, suspects, rebinds, mesh, eventsBytes)
     #[arg(long, env = "HITLESS_SIZES", value_name = "MAP=N,…")]
     pub sizes: Option<MapSizes>,
 
@@ -158,17 +172,13 @@ pub struct Config {
     pub ready_file: Option<PathBuf>,
     /// Where metrics are served.
     pub metrics: Option<std::net::SocketAddr>,
+    /// None: no mesh.
+    pub mesh: Option<MeshSettings>,
     pub log_format: LogFormat,
     pub log_level: String,
     /// What was set, by whatever means, and by which.
     pub given: Options,
     pub origins: in_force::Origins,
-}
-
-macro_rules! prefer {
-    ($over:expr, $under:expr, $($field:ident),* $(,)?) => {
-        Self { $($field: $over.$field.or($under.$field)),* }
-    };
 }
 
 impl Place {
@@ -200,8 +210,9 @@ impl Options {
     /// `self` wins, field by field.
     pub fn over(self, under: Self) -> Self {
         let place = self.place.clone().over(under.place.clone());
+        let mesh = self.mesh.clone().over(under.mesh.clone());
         macro_rules! all {
-            ($($field:ident),* $(,)?) => { Self { place, $($field: self.$field.or(under.$field)),* } };
+            ($($field:ident),* $(,)?) => { Self { place, mesh, $($field: self.$field.or(under.$field)),* } };
         }
         all!(
             source,
@@ -288,6 +299,7 @@ impl Options {
             on_exit: self.on_exit.unwrap_or_default(),
             ready_file: self.ready_file,
             metrics: self.metrics_address.map_or(unset, |address| address.0),
+            mesh: self.mesh.resolve()?,
             log_format: self.log_format.unwrap_or_default(),
             log_level: self.log_level.unwrap_or_else(|| "info".into()),
             given,
@@ -351,7 +363,7 @@ macro_rules! by_text {
     )*};
 }
 
-by_text!(Source, Layers, Span, Mark, MetricsAddress);
+by_text!(Source, Layers, Span, Mark, MetricsAddress, IdentitySource);
 
 /// Where metrics are served by default with the kube source.
 const CLUSTER_METRICS: std::net::SocketAddr =
@@ -607,6 +619,13 @@ tcx: off
 canary: off
 on-exit: uninstall
 ready-file: /run/x/ready
+mtls: on
+trust-domain: example.org
+identity: ca:/etc/hitless/ca
+policies: /etc/hitless/policies
+root-namespace: mesh
+local-tls: on
+tunnel-workers: 2
 metrics-address: 127.0.0.1:15084
 log-format: json
 log-level: debug

@@ -15,3 +15,4 @@ pub mod policy;
 pub mod registry;
 pub mod signal;
 pub mod source;
+pub mod tunnel;

@@ -14,6 +14,7 @@ use dataplane_ebpf::{abi, health::Input};
 use tokio::sync::{Notify, broadcast, watch};
 use tracing::{debug, error, info, warn};
 
+use super::mesh::Mesh;
 use crate::{
     admin::protocol::{EventRow, Hook, Names},
     kernel::{Attached, Kernel, Notice, Outcome, canary::SERVER_POD, monotonic_ns, trim_heap},
@@ -56,6 +57,7 @@ pub struct Applied {
 pub type Shared = Rc<RefCell<Core>>;
 
 pub struct Core {
+    pub mesh: Mesh,
     pub registry: Registry,
     pub kernel: Kernel,
     pub source: SourceState,
@@ -90,8 +92,9 @@ const LARGE: usize = 10_000;
 const PROBLEMS: usize = 1000;
 
 impl Core {
-    pub fn new(registry: Registry, kernel: Kernel, adopted: bool) -> Self {
+    pub fn new(registry: Registry, kernel: Kernel, adopted: bool, mesh: Mesh) -> Self {
         Self {
+            mesh,
             registry,
             kernel,
             source: SourceState::default(),
@@ -119,9 +122,12 @@ impl Core {
         let name = if self.problems.is_empty() || sync { None } else { name_of(&event) };
 
         let word = self.listen(&event);
+        let in_mesh = self.mesh.hear(&event);
         let mut problems = self.registry.apply(event, &mut self.changes);
         let mut written = self.write(&mut problems);
         let at_ns = monotonic_ns();
+        problems.extend(in_mesh);
+        problems.extend(self.mesh.settle(&self.registry));
         problems.extend(self.registry.settle(&mut self.changes));
         written += self.write(&mut problems);
 
@@ -192,6 +198,7 @@ impl Core {
         if self.changes.is_empty() {
             return 0;
         }
+        self.mesh.changes(&self.changes, &mut self.kernel);
         for rejected in self.kernel.write(&self.changes) {
             let change = &self.changes[rejected.index];
             problems.push(Problem::new(self.describe(change), rejected.error.to_string()));
@@ -312,6 +319,7 @@ impl Core {
     /// A record of the ring: told, and finished where the kernel could not.
     pub fn event(&mut self, event: &abi::Event) {
         if event.kind == abi::EVENT_STOP_SIGNAL {
+            self.mesh.drain(event.pod);
             let rest = self.registry.chain(event.pod, abi::MAX_BACKENDS_PER_POD as usize);
             let inputs =
                 rest.into_iter().map(|(id, generation)| Change::Health { id, generation, input: Input::StopSignal });

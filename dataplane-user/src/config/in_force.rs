@@ -6,7 +6,7 @@ use std::{collections::BTreeMap, fmt, path::Path};
 
 use serde_json::Value;
 
-use super::{Config, LogFormat, MapSizes, Mark, MetricsAddress, OnExit, Options, Place, Span, Switch, TcxUse};
+use super::{Config, LogFormat, MapSizes, Mark, MeshOptions, MetricsAddress, OnExit, Options, Place, Span, Switch, TcxUse};
 use crate::kernel::{self, Sizes};
 
 /// Where an option was set.
@@ -68,6 +68,14 @@ impl Options {
             canary: Some(Switch::default()),
             on_exit: Some(OnExit::default()),
             metrics_address: Some(MetricsAddress(None)),
+            mesh: MeshOptions {
+                mtls: Some(Switch::Off),
+                trust_domain: Some("cluster.local".into()),
+                root_namespace: Some(crate::policy::ROOT_NAMESPACE.into()),
+                local_tls: Some(Switch::Off),
+                tunnel_workers: Some(0),
+                ..MeshOptions::default()
+            },
             log_format: Some(LogFormat::default()),
             log_level: Some("info".into()),
             ..Self::default()

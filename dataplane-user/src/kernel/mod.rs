@@ -48,6 +48,7 @@ pub use enroll::{Notice, Outcome};
 pub use error::Error;
 pub use events::Events;
 pub use links::Attached;
+pub use netns::cookie as netns_cookie;
 pub use maps::Sizes;
 pub use pins::cgroup2_root;
 pub use reader::Reader;

@@ -20,6 +20,7 @@ pub use view::View;
 
 use crate::{
     identity::SpiffeId,
+    policy,
     model::{Event, Key, Object, Pod},
     registry::{Problem, change::PodId, problem::pod_name},
 };
@@ -37,7 +38,7 @@ pub struct Workload {
     /// Of this node's pods; 0 elsewhere.
     pub pod: PodId,
     /// Of this node's pods: what policies select them by.
-    pub labels: BTreeMap<Arc<str>, Arc<str>>,
+    pub selected_by: Option<Box<policy::Workload>>,
 }
 
 impl Workload {
@@ -66,8 +67,10 @@ pub struct Write {
     pub value: Option<MeshAddress>,
 }
 
+/// What the policies say of a pod here.
+pub type Rules = Box<dyn Fn(&policy::Workload) -> Plaintext>;
+
 /// Everything that is known of the mesh.
-#[derive(Debug)]
 pub struct Directory {
     trust_domain: Arc<str>,
     workloads: HashMap<Arc<str>, Arc<Workload>>,
@@ -76,23 +79,31 @@ pub struct Directory {
     node: BTreeSet<IpAddr>,
     /// Pods here whose listeners are open.
     listening: BTreeSet<PodId>,
+    rules: Rules,
     /// What may enter pods here, where that is not [`Plaintext::Open`].
     plaintext: HashMap<Arc<str>, Plaintext>,
     /// The one copy of each identity: a thousand pods of a service account have one.
     identities: HashSet<SpiffeId>,
+    /// Pods of this node.
+    here: BTreeSet<Arc<str>>,
+    /// Pods here that were told and have no number yet.
+    unnumbered: Vec<Workload>,
     out: Vec<Write>,
 }
 
 impl Directory {
-    pub fn new(trust_domain: Arc<str>) -> Self {
+    pub fn new(trust_domain: Arc<str>, rules: Rules) -> Self {
         Self {
             trust_domain,
+            rules,
             workloads: HashMap::new(),
             view: Arc::default(),
             node: BTreeSet::new(),
             listening: BTreeSet::new(),
             plaintext: HashMap::new(),
             identities: HashSet::new(),
+            here: BTreeSet::new(),
+            unnumbered: Vec::new(),
             out: Vec::new(),
         }
     }
@@ -106,15 +117,20 @@ impl Directory {
         self.workloads.values()
     }
 
+    /// Those of this node.
+    pub fn here(&self) -> impl Iterator<Item = &Arc<Workload>> {
+        self.here.iter().filter_map(|name| self.workloads.get(name))
+    }
+
     pub fn get(&self, name: &str) -> Option<&Arc<Workload>> {
         self.workloads.get(name)
     }
 
-    /// Takes in what a source told. `local`: the number of a pod, if it runs here.
-    pub fn apply(&mut self, event: &Event, local: impl Fn(&str) -> Option<PodId>) -> Vec<Problem> {
+    /// Takes in what a source told; [`Directory::number`] follows.
+    pub fn apply(&mut self, event: &Event) -> Vec<Problem> {
         let mut problems = Vec::new();
         match event {
-            Event::Upsert { object: Object::Pod(pod) } => problems.extend(self.declare(pod, &local).err()),
+            Event::Upsert { object: Object::Pod(pod) } => problems.extend(self.declare(pod).err()),
             Event::Delete { object: Key::Pod { name } } => self.remove(name),
             Event::Sync { state } => {
                 let told: BTreeSet<_> = state.pods.iter().map(|pod| &*pod.name).collect();
@@ -122,11 +138,22 @@ impl Directory {
                 for name in gone.cloned().collect::<Vec<_>>() {
                     self.remove(&name);
                 }
-                problems.extend(state.pods.iter().filter_map(|pod| self.declare(pod, &local).err()));
+                problems.extend(state.pods.iter().filter_map(|pod| self.declare(pod).err()));
             }
             _ => {}
         }
         problems
+    }
+
+    /// Once the registry has taken the same event in: the numbers of the pods here. Whether there were any.
+    pub fn number(&mut self, number: impl Fn(&str) -> Option<PodId>) -> bool {
+        let unnumbered = std::mem::take(&mut self.unnumbered);
+        let any = !unnumbered.is_empty();
+        for workload in unnumbered {
+            let pod = number(&workload.name).unwrap_or(0);
+            self.put(Workload { pod, ..workload });
+        }
+        any
     }
 
     /// What is to be written, in order.
@@ -168,22 +195,35 @@ impl Directory {
         }
     }
 
-    /// What may enter the pods here, as the policies are now.
-    pub fn set_plaintext(&mut self, rules: impl Fn(&Workload) -> Plaintext) {
-        let here: Vec<_> = self.workloads.values().filter(|workload| workload.pod != 0).cloned().collect();
-        let before = std::mem::take(&mut self.plaintext);
-        for workload in here {
-            let now = rules(&workload);
-            if now != Plaintext::Open {
-                self.plaintext.insert(workload.name.clone(), now);
-            }
-            if before.get(&workload.name).copied().unwrap_or_default() != now {
+    /// The pod is no more, or not the agent's business.
+    pub fn forget_listening(&mut self, pod: PodId) {
+        let workload = self.view.pod(pod);
+        match workload {
+            Some(workload) => self.set_listening(&workload.name, pod, false),
+            None => drop(self.listening.remove(&pod)),
+        }
+    }
+
+    /// The policies are others: what may enter the pods here?
+    pub fn policies_changed(&mut self) {
+        for workload in self.here().cloned().collect::<Vec<_>>() {
+            if self.ask(&workload) {
                 self.write(&workload);
             }
         }
     }
 
-    fn declare(&mut self, pod: &Pod, local: &impl Fn(&str) -> Option<PodId>) -> Result<(), Problem> {
+    /// Asks the policies about a pod here; whether they say something else than before.
+    fn ask(&mut self, workload: &Workload) -> bool {
+        let now = workload.selected_by.as_ref().map_or(Plaintext::Open, |selected_by| (self.rules)(selected_by));
+        let before = match now {
+            Plaintext::Open => self.plaintext.remove(&workload.name),
+            now => self.plaintext.insert(workload.name.clone(), now),
+        };
+        before.unwrap_or_default() != now
+    }
+
+    fn declare(&mut self, pod: &Pod) -> Result<(), Problem> {
         if !pod.enrolled || pod.addresses.is_empty() {
             self.remove(&pod.name);
             return Ok(());
@@ -194,17 +234,38 @@ impl Directory {
             self.remove(&pod.name);
             Problem::new(pod_name(&pod.name), format!("{bad}; it is not in the mesh"))
         })?;
-        let number = local(&pod.name).unwrap_or(0);
-        let workload = Arc::new(Workload {
+        let here = pod.netns.is_some() || pod.pid.is_some();
+        let selected_by = here.then(|| {
+            Box::new(policy::Workload {
+                name: pod.name.clone(),
+                namespace: namespace.into(),
+                labels: pod.labels.clone(),
+                policies: Vec::new(),
+            })
+        });
+        let workload = Workload {
             name: pod.name.clone(),
             identity: self.shared(identity),
             addresses: pod.addresses.iter().map(IpAddr::to_canonical).collect(),
-            pod: number,
-            labels: if number == 0 { BTreeMap::new() } else { pod.labels.clone() },
-        });
+            pod: 0,
+            selected_by,
+        };
+        if here {
+            self.unnumbered.push(workload);
+        } else {
+            self.put(workload);
+        }
+        Ok(())
+    }
+
+    fn put(&mut self, workload: Workload) {
+        let workload = Arc::new(workload);
         let before = self.workloads.insert(workload.name.clone(), workload.clone());
         if before.as_ref() == Some(&workload) {
-            return Ok(());
+            return;
+        }
+        if let Some(before) = &before {
+            self.view.forget_pod(before.pod);
         }
         for addr in before.iter().flat_map(|before| &before.addresses) {
             if !workload.addresses.contains(addr) {
@@ -219,13 +280,21 @@ impl Directory {
                 self.view.put(*addr, workload.clone());
             }
         }
+        if workload.pod == 0 {
+            self.here.remove(&workload.name);
+        } else {
+            self.here.insert(workload.name.clone());
+        }
+        self.view.put_pod(&workload);
+        self.ask(&workload);
         self.write(&workload);
-        Ok(())
     }
 
     fn remove(&mut self, name: &str) {
         let Some(workload) = self.workloads.remove(name) else { return };
         self.plaintext.remove(name);
+        self.here.remove(name);
+        self.view.forget_pod(workload.pod);
         for addr in &workload.addresses {
             self.release(*addr, name);
         }

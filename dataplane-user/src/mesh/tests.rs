@@ -1,11 +1,12 @@
-use std::collections::BTreeMap;
+use std::{cell::Cell, collections::BTreeMap};
 
 use super::*;
 use crate::model::Snapshot;
 
 fn pod(name: &str, addresses: &[&str]) -> Pod {
     let addresses: Vec<_> = addresses.iter().map(|addr| format!("\"{addr}\"")).collect();
-    serde_json::from_str(&format!(r#"{{"name":"{name}","addresses":[{}]}}"#, addresses.join(","))).unwrap()
+    let pid = if name.starts_with("here/") { "1" } else { "null" };
+    serde_json::from_str(&format!(r#"{{"name":"{name}","addresses":[{}],"pid":{pid}}}"#, addresses.join(","))).unwrap()
 }
 
 fn upsert(pod: Pod) -> Event {
@@ -24,6 +25,14 @@ fn addr(text: &str) -> IpAddr {
     text.parse().unwrap()
 }
 
+thread_local! {
+    static RULES: Cell<fn(&str) -> Plaintext> = const { Cell::new(|_| Plaintext::Open) };
+}
+
+fn rules(workload: &policy::Workload) -> Plaintext {
+    RULES.get()(&workload.name)
+}
+
 /// A directory and what `MESH` would hold.
 struct Node {
     directory: Directory,
@@ -32,12 +41,13 @@ struct Node {
 
 impl Node {
     fn new() -> Self {
-        Self { directory: Directory::new("cluster.local".into()), map: BTreeMap::new() }
+        Self { directory: Directory::new("cluster.local".into(), Box::new(rules)), map: BTreeMap::new() }
     }
 
     /// Pods of namespace `here` run on this node.
     fn apply(&mut self, event: Event) -> Vec<Problem> {
-        let problems = self.directory.apply(&event, |name| name.strip_prefix("here/")?.parse().ok());
+        let problems = self.directory.apply(&event);
+        self.directory.number(|name| name.strip_prefix("here/")?.parse().ok());
         self.write();
         problems
     }
@@ -121,12 +131,16 @@ fn policies_close_pods_here_only_and_open_them_again() {
     node.apply(upsert(pod("here/1", &["10.0.0.1"])));
     node.apply(upsert(pod("here/2", &["10.0.0.2"])));
     node.apply(upsert(pod("there/1", &["10.0.1.1"])));
-    node.directory
-        .set_plaintext(|workload| if &*workload.name == "here/1" { Plaintext::Refused } else { Plaintext::Asked });
+    RULES.set(|name| if name == "here/1" { Plaintext::Refused } else { Plaintext::Asked });
+    node.directory.policies_changed();
     node.write();
     assert_eq!((node.flags("10.0.0.1"), node.flags("10.0.0.2")), (Some(MESH_STRICT), Some(MESH_CAPTURE)));
     assert_eq!(node.flags("10.0.1.1"), Some(MESH_HBONE));
-    node.directory.set_plaintext(|_| Plaintext::Open);
+    // One that comes later is closed from its first packet on.
+    node.apply(upsert(pod("here/3", &["10.0.0.3"])));
+    assert_eq!(node.flags("10.0.0.3"), Some(MESH_CAPTURE));
+    RULES.set(|_| Plaintext::Open);
+    node.directory.policies_changed();
     node.write();
     assert_eq!((node.flags("10.0.0.1"), node.flags("10.0.0.2")), (Some(0), Some(0)));
 }

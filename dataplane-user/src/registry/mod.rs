@@ -98,6 +98,8 @@ pub struct Registry {
     /// Marks what a sync has seen.
     epoch: u32,
     limits: Limits,
+    /// Enrolled pods are in the mesh.
+    mesh: bool,
     /// A pod whose terms are told once, at the end of its change.
     muted: Index,
     out: Vec<Change>,
@@ -131,10 +133,22 @@ impl Registry {
             synced: false,
             epoch: 0,
             limits,
+            mesh: false,
             muted: NONE,
             out: Vec::new(),
             problems: Vec::new(),
         }
+    }
+
+    /// Before the first event: enrolled pods are in the mesh ([`abi::POD_MESH`]).
+    pub fn with_mesh(self, mesh: bool) -> Self {
+        Self { mesh, ..self }
+    }
+
+    /// The number of a pod, if it runs here.
+    pub fn pod_id(&self, name: &str) -> Option<PodId> {
+        let index = *self.pod_index.get(name)?;
+        Some(self.pods[index].local.as_ref()?.id)
     }
 
     /// Takes an event in and appends what must be written for it, most urgent first. An object

@@ -2,7 +2,7 @@
 
 use std::{path::PathBuf, sync::Arc};
 
-use dataplane_ebpf::abi::{POD_ENROLLED, POD_GATEWAY, POD_HOST};
+use dataplane_ebpf::abi::{POD_ENROLLED, POD_GATEWAY, POD_HOST, POD_MESH};
 
 use super::{
     Index, NONE, Registry,
@@ -184,7 +184,7 @@ impl Registry {
         let gateway = pod.gateway || pod.labels.contains_key(GATEWAY_LABEL);
         let mut flags = 0;
         if pod.enrolled {
-            flags |= POD_ENROLLED;
+            flags |= if self.mesh { POD_ENROLLED | POD_MESH } else { POD_ENROLLED };
         }
         if gateway {
             flags |= POD_GATEWAY;

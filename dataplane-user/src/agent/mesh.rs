@@ -1,0 +1,300 @@
+//! The mesh part of the agent: what the source tells goes to the directory, what that wants goes to the kernel, and
+//! the pods' listeners are opened and let go.
+
+use std::{
+    collections::{BTreeSet, HashMap},
+    future::Future,
+    net::IpAddr,
+    path::PathBuf,
+    pin::Pin,
+    rc::Rc,
+    sync::Arc,
+    time::Duration,
+};
+
+use anyhow::Context as _;
+use dataplane_ebpf::abi::POD_MESH;
+use tokio::sync::Notify;
+use tracing::{info, warn};
+
+use super::core::Shared as SharedCore;
+use crate::{
+    config::{IdentitySource, MeshSettings},
+    identity::{self, Store},
+    kernel::{Error, Kernel, TunnelMaps},
+    mesh::{Directory, Plaintext, Write},
+    model::Event,
+    policy::{self, Enforcement, Mode},
+    registry::{
+        Problem, Registry,
+        change::{Change, Netns, PodId},
+    },
+    tunnel::{Opened, Shared, Tunnel},
+};
+
+/// How often listeners that could not be opened are tried again, and the node's addresses looked at.
+const AGAIN: Duration = Duration::from_secs(3);
+/// Where Istio's node agent has the kubelet's probes come from, if it runs here too.
+const PROBES: [&str; 2] = ["169.254.7.127", "fd16:9254:7127:1337:ffff:ffff:ffff:ffff"];
+
+/// Something of the mesh that runs as long as the agent.
+pub type Part = (&'static str, Pin<Box<dyn Future<Output = std::io::Result<()>>>>);
+
+/// All of it; none when the agent has no mesh.
+pub struct Mesh(Option<Parts>);
+
+struct Parts {
+    directory: Directory,
+    tunnel: Tunnel,
+    store: Arc<Store>,
+    policies: Arc<Enforcement>,
+    maps: TunnelMaps,
+    /// Pods whose listeners are to be opened.
+    unopened: HashMap<PodId, (Arc<str>, PathBuf)>,
+    open: BTreeSet<PodId>,
+    /// Rung when there is one more to open.
+    wanted: Rc<Notify>,
+    /// `MESH` was compared with what is wanted.
+    reconciled: bool,
+}
+
+impl Mesh {
+    /// Reads the policies and opens the source of identities: without them nothing may start.
+    pub fn start(settings: &MeshSettings, maps: TunnelMaps) -> anyhow::Result<(Self, Vec<Part>)> {
+        let policies = Arc::new(Enforcement::new(&settings.root_namespace));
+        let mut parts: Vec<Part> = Vec::new();
+        if let Some(path) = &settings.policies {
+            let source = policy::source::open(path, policies.clone())
+                .with_context(|| format!("policies {}: cannot be read, and nothing starts without", path.display()))?;
+            parts.push(("policies", Box::pin(source.watch())));
+        }
+        let authority: Arc<dyn identity::Authority> = match &settings.identity {
+            IdentitySource::Ca(path) => Arc::new(identity::ca::OwnCa::open(path, identity::ca::LIFE)?),
+            IdentitySource::Files(path) => Arc::new(identity::files::Files::open(path)),
+        };
+        let store = Store::new(authority, Default::default());
+        let renewing = store.clone();
+        parts.push((
+            "certificates",
+            Box::pin(async move {
+                renewing.run().await;
+                Ok(())
+            }),
+        ));
+        let rules = policies.clone();
+        let directory = Directory::new(settings.trust_domain.clone(), Box::new(move |pod| plaintext(&rules, pod)));
+        let shared =
+            Shared::new(maps.clone(), directory.view(), store.clone(), policies.clone(), settings.local_tls);
+        let tunnel = Tunnel::start(shared, settings.workers).context("the tunnel's threads cannot be started")?;
+        let mesh = Parts {
+            directory,
+            tunnel,
+            store,
+            policies,
+            maps,
+            unopened: HashMap::new(),
+            open: BTreeSet::new(),
+            wanted: Rc::default(),
+            reconciled: false,
+        };
+        Ok((Self(Some(mesh)), parts))
+    }
+
+    /// No mesh, and what an agent before wrote for one is taken back.
+    pub fn none(maps: &TunnelMaps) -> Result<Self, Error> {
+        for (addr, _) in maps.addresses()? {
+            maps.delete_address(addr)?;
+        }
+        Ok(Self(None))
+    }
+
+    /// Before the registry takes an event in.
+    pub fn hear(&mut self, event: &Event) -> Vec<Problem> {
+        let Some(mesh) = &mut self.0 else { return Vec::new() };
+        if let Event::Upsert { object: crate::model::Object::Pod(pod) } = event
+            && pod.terminating
+            && let Some(workload) = mesh.directory.get(&pod.name)
+        {
+            mesh.tunnel.drain(workload.pod);
+        }
+        mesh.directory.apply(event)
+    }
+
+    /// After it: pods here have their numbers now.
+    pub fn settle(&mut self, registry: &Registry) -> Vec<Problem> {
+        let Some(mesh) = &mut self.0 else { return Vec::new() };
+        if mesh.directory.number(|name| registry.pod_id(name)) {
+            mesh.store.want(mesh.directory.here().map(|workload| &workload.identity));
+        }
+        mesh.flush(registry.synced())
+    }
+
+    /// What the kernel is about to be told of pods here.
+    pub fn changes(&mut self, changes: &[Change], kernel: &mut Kernel) {
+        let Some(mesh) = &mut self.0 else { return };
+        for change in changes {
+            match change {
+                Change::Enroll(pod) if pod.flags & POD_MESH != 0 => {
+                    if let (Netns::Path(path), false) = (&pod.netns, mesh.open.contains(&pod.pod)) {
+                        mesh.unopened.insert(pod.pod, (pod.name.clone(), path.clone()));
+                        mesh.wanted.notify_one();
+                    }
+                }
+                Change::Enroll(pod) => mesh.release(pod.pod, Some(kernel)),
+                Change::Release(pod) => mesh.release(*pod, None),
+                _ => {}
+            }
+        }
+    }
+
+    /// The pod's init process was told to stop.
+    pub fn drain(&self, pod: PodId) {
+        if let Some(mesh) = &self.0 {
+            mesh.tunnel.drain(pod);
+        }
+    }
+
+    /// The tunnel's counters, when there is one.
+    pub fn tunnel(&self) -> Option<&Arc<Shared>> {
+        self.0.as_ref().map(|mesh| mesh.tunnel.shared())
+    }
+
+    fn opened(&mut self, opened: Opened, kernel: &mut Kernel) -> Result<(), Error> {
+        let Some(mesh) = &mut self.0 else { return Ok(()) };
+        let pod = opened.pod();
+        let Some((name, _)) = mesh.unopened.remove(&pod) else { return Ok(()) };
+        let port = opened.port();
+        let addresses = mesh.directory.get(&name).map_or(Vec::new(), |workload| workload.addresses.clone());
+        mesh.tunnel.admit(opened, &addresses)?;
+        kernel.set_outbound(pod, port)?;
+        mesh.open.insert(pod);
+        mesh.directory.set_listening(&name, pod, true);
+        mesh.flush(true);
+        info!(pod = %name, port, "pod joined the mesh");
+        Ok(())
+    }
+
+    fn policies_changed(&mut self) {
+        if let Some(mesh) = &mut self.0 {
+            mesh.directory.policies_changed();
+            mesh.flush(true);
+        }
+    }
+}
+
+impl Parts {
+    fn release(&mut self, pod: PodId, kernel: Option<&mut Kernel>) {
+        self.unopened.remove(&pod);
+        if !self.open.remove(&pod) {
+            return;
+        }
+        if let Some(kernel) = kernel
+            && let Err(error) = kernel.set_outbound(pod, 0)
+        {
+            warn!(pod, %error, "its connections are led to the tunnel still");
+        }
+        self.tunnel.release(pod);
+        self.directory.forget_listening(pod);
+        let here: BTreeSet<_> = self.directory.here().map(|workload| workload.identity.clone()).collect();
+        self.store.retain(|identity| here.contains(identity));
+    }
+
+    /// Writes what the directory wants; `synced`: everything was told once, and what is not wanted can go.
+    fn flush(&mut self, synced: bool) -> Vec<Problem> {
+        let mut writes = self.directory.take_writes();
+        if synced && !std::mem::replace(&mut self.reconciled, synced) {
+            let wanted = self.directory.wanted();
+            match self.maps.addresses() {
+                Ok(there) => {
+                    let stale = there.into_iter().filter(|(addr, _)| !wanted.contains_key(addr));
+                    writes.extend(stale.map(|(addr, _)| Write { addr, value: None }));
+                }
+                Err(error) => warn!(%error, "what an agent before wrote of the mesh stays"),
+            }
+        }
+        let mut problems = Vec::new();
+        for Write { addr, value } in writes {
+            let written = match value {
+                Some(value) => self.maps.put_address(addr, value),
+                None => self.maps.delete_address(addr).map(drop),
+            };
+            if let Err(error) = written {
+                problems.push(Problem::new(format!("address {addr}"), error.to_string()));
+            }
+        }
+        problems
+    }
+}
+
+/// What may enter a pod here beside HBONE.
+fn plaintext(policies: &Enforcement, pod: &policy::Workload) -> Plaintext {
+    let selected = policies.of(pod);
+    if selected.is_open() {
+        Plaintext::Open
+    } else if selected.only_mode() == Some(Mode::Strict) {
+        Plaintext::Refused
+    } else {
+        Plaintext::Asked
+    }
+}
+
+/// Opens listeners as they are wanted, follows the policies and the node's addresses.
+pub async fn tend(core: SharedCore) -> std::io::Result<()> {
+    let (wanted, mut policies) = {
+        let core = core.borrow();
+        let Some(mesh) = &core.mesh.0 else { return std::future::pending().await };
+        (mesh.wanted.clone(), mesh.policies.subscribe())
+    };
+    let mut again = tokio::time::interval(AGAIN);
+    let mut failing: HashMap<PodId, String> = HashMap::new();
+    loop {
+        tokio::select! {
+            () = wanted.notified() => {}
+            _ = again.tick() => learn_node(&core),
+            changed = policies.changed() => {
+                if changed.is_ok() {
+                    core.borrow_mut().mesh.policies_changed();
+                }
+                continue;
+            }
+        }
+        let unopened: Vec<_> = core.borrow().mesh.0.iter().flat_map(|mesh| mesh.unopened.clone()).collect();
+        failing.retain(|pod, _| unopened.iter().any(|(unopened, _)| unopened == pod));
+        for (pod, (name, netns)) in unopened {
+            let Some(opening) =
+                core.borrow().mesh.0.as_ref().map(|mesh| mesh.tunnel.open(pod, name.clone(), netns))
+            else {
+                continue;
+            };
+            let opened = opening.await;
+            let core = &mut *core.borrow_mut();
+            let joined = match opened {
+                Ok(opened) => core.mesh.opened(opened, &mut core.kernel).map_err(|error| error.to_string()),
+                Err(error) => Err(error.to_string()),
+            };
+            match joined {
+                Ok(()) => drop(failing.remove(&pod)),
+                Err(error) => {
+                    if failing.insert(pod, error.clone()).as_ref() != Some(&error) {
+                        warn!(pod = %name, error, "pod is not in the mesh; trying again every few seconds");
+                    }
+                }
+            }
+        }
+    }
+}
+
+/// The kubelet's probes come from this node's addresses.
+fn learn_node(core: &SharedCore) {
+    let Ok(interfaces) = nix::ifaddrs::getifaddrs() else { return };
+    let own = interfaces.filter_map(|interface| {
+        let address = interface.address?;
+        let v4 = address.as_sockaddr_in().map(|at| IpAddr::V4(at.ip()));
+        v4.or_else(|| address.as_sockaddr_in6().map(|at| IpAddr::V6(at.ip())))
+    });
+    let own = own.filter(|addr| !addr.is_loopback()).chain(PROBES.iter().filter_map(|addr| addr.parse().ok()));
+    if let Some(mesh) = &mut core.borrow_mut().mesh.0 {
+        mesh.directory.set_node(own.collect());
+        mesh.flush(false);
+    }
+}

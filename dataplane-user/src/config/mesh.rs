@@ -1,0 +1,127 @@
+//! What the agent is told about the mesh: whether it tunnels, by which identities, under which policies.
+
+use std::{fmt, path::PathBuf, str::FromStr, sync::Arc};
+
+use anyhow::bail;
+use clap::Args;
+use serde::{Deserialize, Serialize};
+
+use super::Switch;
+use crate::policy::ROOT_NAMESPACE;
+
+/// As `Options`, for the mesh.
+#[derive(Args, Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case", default)]
+pub struct MeshOptions {
+    /// Carry connections between enrolled pods in mutual TLS (HBONE, as Istio ambient does) [default: off]
+    #[arg(long, env = "HITLESS_MTLS", value_name = "WHEN", num_args = 0..=1, default_missing_value = "on")]
+    pub mtls: Option<Switch>,
+
+    /// The mesh's trust domain, the first part of every identity [default: cluster.local]
+    #[arg(long, env = "HITLESS_TRUST_DOMAIN", value_name = "DOMAIN")]
+    pub trust_domain: Option<String>,
+
+    /// Where the pods' certificates come from: ca:DIR (a certificate authority of your own, as `hitless ca init` makes
+    /// one) or files:DIR (a directory of certificates and keys)
+    #[arg(long, env = "HITLESS_IDENTITY", value_name = "SOURCE")]
+    pub identity: Option<IdentitySource>,
+
+    /// Istio's AuthorizationPolicy and PeerAuthentication objects as YAML: a file or a directory, watched
+    #[arg(long, env = "HITLESS_POLICIES", value_name = "PATH")]
+    pub policies: Option<PathBuf>,
+
+    /// The namespace whose policies count for the whole mesh [default: istio-system]
+    #[arg(long, env = "HITLESS_ROOT_NAMESPACE", value_name = "NAMESPACE")]
+    pub root_namespace: Option<String>,
+
+    /// Connections between pods of one node go through TLS too, instead of being carried under the node's own proof
+    /// [default: off]
+    #[arg(long, env = "HITLESS_LOCAL_TLS", value_name = "WHEN")]
+    pub local_tls: Option<Switch>,
+
+    /// Threads that carry connections; 0: one per CPU [default: 0]
+    #[arg(long, env = "HITLESS_TUNNEL_WORKERS", value_name = "N", value_parser = clap::value_parser!(u32).range(0..=64))]
+    pub tunnel_workers: Option<u32>,
+}
+
+/// Everything filled in.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct MeshSettings {
+    pub trust_domain: Arc<str>,
+    pub identity: IdentitySource,
+    pub policies: Option<PathBuf>,
+    pub root_namespace: String,
+    pub local_tls: bool,
+    pub workers: usize,
+}
+
+impl MeshOptions {
+    /// `self` wins, field by field.
+    pub fn over(self, under: Self) -> Self {
+        prefer!(
+            self,
+            under,
+            mtls,
+            trust_domain,
+            identity,
+            policies,
+            root_namespace,
+            local_tls,
+            tunnel_workers
+        )
+    }
+
+    /// None: no mesh.
+    pub fn resolve(self) -> anyhow::Result<Option<MeshSettings>> {
+        if self.mtls.unwrap_or(Switch::Off) == Switch::Off {
+            return Ok(None);
+        }
+        let Some(identity) = self.identity else {
+            bail!(
+                "mtls is on and identity is not set: give --identity ca:DIR (make one with `hitless ca init`) or \
+                 files:DIR"
+            )
+        };
+        let trust_domain = self.trust_domain.unwrap_or_else(|| "cluster.local".into());
+        if let Err(bad) = crate::identity::SpiffeId::new(&trust_domain, "a", "a") {
+            bail!("trust-domain is {trust_domain:?}: {bad}");
+        }
+        let workers = self.tunnel_workers.unwrap_or(0) as usize;
+        Ok(Some(MeshSettings {
+            trust_domain: trust_domain.into(),
+            identity,
+            policies: self.policies,
+            root_namespace: self.root_namespace.unwrap_or_else(|| ROOT_NAMESPACE.into()),
+            local_tls: self.local_tls.unwrap_or(Switch::Off) == Switch::On,
+            workers: if workers == 0 { std::thread::available_parallelism().map_or(1, usize::from) } else { workers },
+        }))
+    }
+}
+
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(try_from = "String", into = "String")]
+pub enum IdentitySource {
+    Ca(PathBuf),
+    Files(PathBuf),
+}
+
+impl FromStr for IdentitySource {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        match text.split_once(':') {
+            Some(("ca", path)) if !path.is_empty() => Ok(Self::Ca(path.into())),
+            Some(("files", path)) if !path.is_empty() => Ok(Self::Files(path.into())),
+            _ => Err(format!("{text:?} is no source of identities; allowed are ca:DIR and files:DIR")),
+        }
+    }
+}
+
+impl fmt::Display for IdentitySource {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Ca(path) => write!(f, "ca:{}", path.display()),
+            Self::Files(path) => write!(f, "files:{}", path.display()),
+        }
+    }
+}

@@ -1,0 +1,211 @@
+//! What comes into a pod here: HBONE from other nodes, and plaintext that the policies are asked about.
+
+use std::{net::SocketAddr, rc::Rc, sync::Arc, time::Duration};
+
+use tokio::net::TcpStream;
+use tracing::{debug, info};
+
+use super::{
+    Count, LocalPod,
+    outbound::about,
+    sockets,
+    worker::{Worker, reset},
+};
+use crate::{
+    hbone::{
+        headers::Authority,
+        relay::{self, Counts as Bytes},
+        server::{self, Answer, Refusal},
+    },
+    identity::SpiffeId,
+    mesh::Workload,
+    policy::{self, log::Record},
+};
+
+/// For an application of this node: it listens or it does not.
+const DIAL_WITHIN: Duration = Duration::from_secs(10);
+
+/// A connection to port 15008.
+pub async fn tunnelled(
+    worker: &Rc<Worker>,
+    pod: &Arc<LocalPod>,
+    socket: TcpStream,
+    peer: SocketAddr,
+    here: SocketAddr,
+) {
+    let Some(workload) = worker.shared.view.pod(pod.id) else { return reset(socket) };
+    let context = match worker.shared.store.fetch(&workload.identity).await {
+        Ok(credential) => worker.contexts.of(&credential).map_err(|error| error.to_string()),
+        Err(error) => Err(error.to_string()),
+    };
+    let context = match context {
+        Ok(context) => context,
+        Err(error) => {
+            worker.counts().one(Count::InboundRejected);
+            debug!(pod = %pod.name, %peer, error, "HBONE refused: no certificate for the pod");
+            return reset(socket);
+        }
+    };
+    let (to, of) = (pod.clone(), worker.clone());
+    let service = move |request, answer| {
+        let stream = Inbound { worker: of.clone(), pod: to.clone(), peer, here };
+        async move { stream.serve(request, answer).await }
+    };
+    let phase = pod.phase.subscribe();
+    let served = server::serve(socket, peer, context.server(), worker.timeouts, phase, Rc::new(service)).await;
+    if let Err(error) = served {
+        worker.counts().one(Count::InboundRejected);
+        debug!(pod = %pod.name, %error, "an HBONE connection ended badly");
+    }
+}
+
+/// A connection to any other port: led here because there are policies.
+pub async fn plaintext(
+    worker: &Rc<Worker>,
+    pod: &Arc<LocalPod>,
+    socket: TcpStream,
+    peer: SocketAddr,
+    here: SocketAddr,
+) {
+    let Some(workload) = worker.shared.view.pod(pod.id) else { return reset(socket) };
+    let inbound = Inbound { worker: worker.clone(), pod: pod.clone(), peer, here };
+    if !inbound.admitted(&workload, None, here) {
+        return reset(socket);
+    }
+    let shared = &worker.shared;
+    match sockets::connect_within(shared, pod, here, Some(peer), DIAL_WITHIN).await {
+        Ok(application) => {
+            worker.counts().one(Count::InboundPlain);
+            let bytes = Bytes::default();
+            let relayed = relay::local(socket, application, &bytes);
+            inbound.until_revoked(&workload, None, here, relayed).await;
+            inbound.count(&bytes);
+        }
+        Err(error) => {
+            worker.counts().one(Count::InboundFailed);
+            debug!(pod = %pod.name, %here, %error, "the application did not take captured plaintext");
+            reset(socket);
+        }
+    }
+}
+
+/// One stream, or one connection of plaintext, into a pod.
+struct Inbound {
+    worker: Rc<Worker>,
+    pod: Arc<LocalPod>,
+    peer: SocketAddr,
+    here: SocketAddr,
+}
+
+impl Inbound {
+    async fn serve(self, request: server::Request, answer: Answer) {
+        let counts = self.worker.counts();
+        let Some(workload) = self.worker.shared.view.pod(self.pod.id) else {
+            return answer.refuse(Refusal::Unavailable);
+        };
+        let to = match request.authority {
+            // Of the pod that the connection is to: a peer proved itself for no other, and HBONE in HBONE is a loop.
+            Authority::Address(to)
+                if workload.addresses.contains(&to.ip().to_canonical()) && to.port() != crate::hbone::PORT =>
+            {
+                to
+            }
+            ref other => {
+                counts.one(Count::InboundBad);
+                debug!(pod = %self.pod.name, peer = %self.peer, authority = %other, "CONNECT to something else");
+                return answer.refuse(Refusal::BadRequest);
+            }
+        };
+        if !self.admitted(&workload, Some(&request.client), to) {
+            return answer.refuse(Refusal::Denied);
+        }
+        // The application sees the client: the address that the packets come from, and its port when it is told.
+        let forwarded = request.metadata.forwarded.as_ref().and_then(|forwarded| forwarded.client_address());
+        let client = forwarded.filter(|client| client.ip() == self.peer.ip()).unwrap_or(self.peer);
+        let application =
+            match sockets::connect_within(&self.worker.shared, &self.pod, to, Some(client), DIAL_WITHIN).await {
+                Ok(application) => application,
+                Err(error) => {
+                    counts.one(Count::InboundFailed);
+                    debug!(pod = %self.pod.name, %to, %error, "the application could not be reached");
+                    return answer.refuse(Refusal::Unavailable);
+                }
+            };
+        let stream = match answer.accept(Some(&about(&workload))) {
+            Ok(stream) => stream,
+            // The peer gave up meanwhile.
+            Err(error) => return debug!(pod = %self.pod.name, %error, "nobody waits for the answer any more"),
+        };
+        counts.one(Count::InboundTunnelled);
+        let bytes = Bytes::default();
+        let relayed = relay::tunnel(application, stream, &bytes);
+        self.until_revoked(&workload, Some(&request.client), to, relayed).await;
+        self.count(&bytes);
+    }
+
+    /// What the policies say, told and counted.
+    fn admitted(&self, workload: &Workload, client: Option<&SpiffeId>, to: SocketAddr) -> bool {
+        let Some(selected_by) = &workload.selected_by else { return true };
+        let decision = self.worker.shared.policies.admit(selected_by, &self.request(client, to));
+        if !decision.allow {
+            self.worker.counts().one(Count::InboundDenied);
+        }
+        Record {
+            source: self.peer,
+            source_workload: None,
+            source_namespace: None,
+            source_identity: client,
+            destination: self.here,
+            destination_hbone: client.map(|_| to),
+            destination_service: None,
+            destination_workload: selected_by,
+            destination_identity: Some(&workload.identity),
+            decision: &decision,
+        }
+        .log();
+        decision.allow
+    }
+
+    fn request<'a>(&self, client: Option<&'a SpiffeId>, to: SocketAddr) -> policy::Request<'a> {
+        policy::Request {
+            source_ip: self.peer.ip(),
+            source: client,
+            destination_ip: to.ip(),
+            destination_port: to.port(),
+        }
+    }
+
+    /// Relays until the end, or until the policies forbid what they had allowed.
+    async fn until_revoked<E: std::fmt::Display>(
+        &self,
+        workload: &Workload,
+        client: Option<&SpiffeId>,
+        to: SocketAddr,
+        relayed: impl Future<Output = Result<(), E>>,
+    ) {
+        let mut changes = self.worker.shared.policies.subscribe();
+        let revoked = async {
+            while changes.changed().await.is_ok() {
+                let Some(selected_by) = &workload.selected_by else { continue };
+                if !self.worker.shared.policies.of(selected_by).decide(&self.request(client, to)).allow {
+                    return;
+                }
+            }
+            std::future::pending().await
+        };
+        tokio::select! {
+            ended = relayed => if let Err(error) = ended {
+                debug!(pod = %self.pod.name, peer = %self.peer, %error, "a connection was cut");
+            },
+            () = revoked => {
+                self.worker.counts().one(Count::Revoked);
+                info!(pod = %self.pod.name, peer = %self.peer, %to, "cut: the policies forbid it now");
+            }
+        }
+    }
+
+    fn count(&self, bytes: &Bytes) {
+        self.worker.counts().add(Count::BytesReceived, bytes.received.get());
+        self.worker.counts().add(Count::BytesSent, bytes.sent.get());
+    }
+}

@@ -1,0 +1,170 @@
+//! Connections of the mesh, carried: out of the pods here into HBONE, and out of HBONE into them.
+//!
+//! The kernel leads connections to a listener of the agent in the pod's own network namespace (`hitless_connect*`,
+//! `hitless_inbound`). Workers share nothing on the way of a byte: each has a thread, a listener of its own in every
+//! pod (`SO_REUSEPORT`) and a pool of its own. What they look up together is [`Shared`].
+
+mod counts;
+mod inbound;
+mod outbound;
+mod sockets;
+mod worker;
+
+use std::{
+    collections::HashMap,
+    fs::File,
+    io,
+    path::PathBuf,
+    sync::{Arc, PoisonError, RwLock},
+};
+
+use tokio::sync::{mpsc::UnboundedSender, watch};
+
+pub use counts::{Count, Counts};
+
+use self::{
+    sockets::Listeners,
+    worker::{Order, Worker},
+};
+use crate::{
+    hbone::server::Phase, identity::Store, kernel::TunnelMaps, mesh::View, policy::Enforcement, registry::change::PodId,
+};
+
+/// What all workers look up.
+pub struct Shared {
+    pub maps: TunnelMaps,
+    pub view: Arc<View>,
+    pub store: Arc<Store>,
+    pub policies: Arc<Enforcement>,
+    pub counts: Counts,
+    /// Connections between two pods of this node go through TLS too.
+    pub local_tls: bool,
+    pods: RwLock<HashMap<PodId, Arc<LocalPod>>>,
+}
+
+impl Shared {
+    pub fn new(
+        maps: TunnelMaps,
+        view: Arc<View>,
+        store: Arc<Store>,
+        policies: Arc<Enforcement>,
+        local_tls: bool,
+    ) -> Self {
+        Self { maps, view, store, policies, counts: Counts::default(), local_tls, pods: RwLock::default() }
+    }
+
+    fn pod(&self, pod: PodId) -> Option<Arc<LocalPod>> {
+        self.pods.read().unwrap_or_else(PoisonError::into_inner).get(&pod).cloned()
+    }
+}
+
+/// A pod here whose connections are carried.
+pub struct LocalPod {
+    pub id: PodId,
+    pub name: Arc<str>,
+    /// Holds the namespace; let go when the pod is.
+    netns: File,
+    cookie: u64,
+    /// Of the listeners on its loopback.
+    port: u16,
+    phase: watch::Sender<Phase>,
+}
+
+/// The agent's side of the tunnel.
+pub struct Tunnel {
+    shared: Arc<Shared>,
+    workers: Vec<UnboundedSender<Order>>,
+}
+
+/// A pod's listeners, not yet at work.
+pub struct Opened {
+    pod: Arc<LocalPod>,
+    listeners: Vec<Listeners>,
+}
+
+impl Opened {
+    /// Where the kernel is to lead connects to.
+    pub fn port(&self) -> u16 {
+        self.pod.port
+    }
+
+    pub fn pod(&self) -> PodId {
+        self.pod.id
+    }
+}
+
+impl Tunnel {
+    /// Starts the workers. They end with it.
+    pub fn start(shared: Shared, workers: usize) -> io::Result<Self> {
+        let shared = Arc::new(shared);
+        let workers = (0..workers.max(1)).map(|number| Worker::start(number, shared.clone())).collect::<Result<_, _>>()?;
+        Ok(Self { shared, workers })
+    }
+
+    pub fn shared(&self) -> &Arc<Shared> {
+        &self.shared
+    }
+
+    /// Opens listeners in the pod's network namespace, on a thread that may block.
+    pub fn open(
+        &self,
+        id: PodId,
+        name: Arc<str>,
+        netns: PathBuf,
+    ) -> impl Future<Output = io::Result<Opened>> + use<> {
+        let workers = self.workers.len();
+        async move {
+            let open = move || {
+                let netns = File::open(netns)?;
+                let sockets::Listening { cookie, port, listeners } = sockets::listen(&netns, workers)?;
+                let phase = watch::Sender::default();
+                Ok(Opened { pod: Arc::new(LocalPod { id, name, netns, cookie, port, phase }), listeners })
+            };
+            tokio::task::spawn_blocking(open).await.map_err(io::Error::other)?
+        }
+    }
+
+    /// Puts them to work. Connections come once the kernel knows of them: the addresses are the pod's.
+    pub fn admit(&self, opened: Opened, addresses: &[std::net::IpAddr]) -> Result<(), crate::kernel::Error> {
+        let Opened { pod, listeners } = opened;
+        for addr in addresses {
+            // One of the group; the kernel spreads connections over it.
+            if let Some(listener) = listeners.first().and_then(|listeners| listeners.of(addr)) {
+                self.shared.maps.take_inbound(*addr, listener)?;
+            }
+        }
+        let mut pods = self.shared.pods.write().unwrap_or_else(PoisonError::into_inner);
+        pods.insert(pod.id, pod.clone());
+        drop(pods);
+        for (worker, listeners) in self.workers.iter().zip(listeners) {
+            // A worker ends with this sender.
+            let _ = worker.send(Order::Serve { pod: pod.clone(), listeners });
+        }
+        Ok(())
+    }
+
+    /// The pod is stopping: peers are told to open no more streams to it, those that run finish.
+    pub fn drain(&self, pod: PodId) {
+        if let Some(pod) = self.shared.pod(pod) {
+            pod.phase.send_if_modified(|phase| {
+                let drains = *phase < Phase::Draining;
+                *phase = (*phase).max(Phase::Draining);
+                drains
+            });
+        }
+    }
+
+    /// The pod is the agent's business no more. Its connections end when their ends do.
+    pub fn release(&self, pod: PodId) {
+        let released = self.shared.pods.write().unwrap_or_else(PoisonError::into_inner).remove(&pod);
+        if let Some(pod) = released {
+            for addr in self.shared.view.pod(pod.id).iter().flat_map(|workload| &workload.addresses) {
+                let _ = self.shared.maps.leave_inbound(*addr);
+            }
+            pod.phase.send_replace(Phase::Draining);
+            for worker in &self.workers {
+                let _ = worker.send(Order::Release(pod.id));
+            }
+        }
+    }
+}

@@ -1,0 +1,279 @@
+//! A connection of a pod here to the mesh: to the backend that the kernel chose, or before its first byte to another.
+
+use std::{net::SocketAddr, rc::Rc, sync::Arc, time::Duration};
+
+use dataplane_ebpf::abi::{HBONE_PORT, Tunnelled};
+use tokio::net::TcpStream;
+use tracing::debug;
+
+use super::{
+    Count, LocalPod, sockets,
+    worker::{Worker, reset},
+};
+use crate::{
+    hbone::{
+        Stream,
+        client::{Connect, ConnectError},
+        headers::{Authority, Baggage, Forwarded, Metadata},
+        pool::Key,
+        relay::{self, Counts as Bytes},
+    },
+    identity::IssueError,
+    kernel::Target,
+    mesh::Workload,
+    policy::Request,
+    registry::address,
+};
+
+/// Backends that one connection is tried on, as in the kernel.
+const MAX_TRIES: usize = dataplane_ebpf::abi::MAX_TRIES;
+/// How long a backend may be silent while there may be another one.
+const PATIENCE: Duration = Duration::from_millis(300);
+/// And when there is none: as Istio's proxy waits for a connection.
+const CONNECT_WITHIN: Duration = Duration::from_secs(10);
+
+/// The far side of a connection that can begin.
+enum Leg {
+    Tunnel(Stream),
+    Local(TcpStream),
+    Plain(TcpStream),
+}
+
+#[derive(Debug, thiserror::Error)]
+enum Failure {
+    #[error(transparent)]
+    Tunnel(#[from] ConnectError),
+    #[error("cannot reach {at}: {error}")]
+    Dial { at: SocketAddr, error: std::io::Error },
+    #[error("{0}")]
+    Denied(String),
+    #[error("no certificate for the client: {0}")]
+    Identity(#[from] IssueError),
+    #[error("the certificate cannot be used: {0}")]
+    Certificate(#[from] rustls::Error),
+    #[error("the pod is no workload of the mesh any more")]
+    Unenrolled,
+}
+
+impl Failure {
+    /// Another backend of the service may be asked.
+    fn elsewhere(&self) -> bool {
+        match self {
+            Self::Tunnel(error) => error.elsewhere_is_safe(),
+            Self::Dial { .. } => true,
+            Self::Denied(_) | Self::Identity(_) | Self::Certificate(_) | Self::Unenrolled => false,
+        }
+    }
+
+    fn silent(&self) -> bool {
+        match self {
+            Self::Tunnel(error) => matches!(error, ConnectError::Silent { .. }),
+            Self::Dial { error, .. } => error.kind() == std::io::ErrorKind::TimedOut,
+            _ => false,
+        }
+    }
+}
+
+/// Carries it to its end. The client's bytes wait in its socket until there is somebody to take them.
+pub async fn carry(worker: &Rc<Worker>, pod: &Arc<LocalPod>, socket: TcpStream, client: SocketAddr) {
+    let about = match worker.shared.maps.take(pod.cookie, client, pod.port) {
+        Ok(Some(about)) => about,
+        // Somebody in the pod found the port by himself.
+        Ok(None) => {
+            worker.counts().one(Count::OutboundStray);
+            return reset(socket);
+        }
+        Err(error) => {
+            debug!(pod = %pod.name, %error, "where a connection was to go cannot be read");
+            return reset(socket);
+        }
+    };
+    let original = address::socket(&about.original);
+    let Some(source) = worker.shared.view.pod(pod.id) else { return reset(socket) };
+    // What the other side sees: the pod's address, of the destination's family, and the client's port.
+    let family = |addr: &&std::net::IpAddr| addr.is_ipv4() == original.is_ipv4();
+    let Some(source_ip) = source.addresses.iter().find(family).or(source.addresses.first()) else {
+        return reset(socket);
+    };
+    let outbound = Outbound { worker, pod, source: &source, client: SocketAddr::new(*source_ip, client.port()) };
+    match outbound.connect(&about, original).await {
+        Ok(leg) => outbound.relay(socket, leg).await,
+        Err(failure) => {
+            let denied = matches!(failure, Failure::Denied(_) | Failure::Tunnel(ConnectError::Refused { .. }));
+            let count = match &failure {
+                Failure::Denied(_) => Count::OutboundDenied,
+                Failure::Tunnel(ConnectError::Refused { status, .. }) if *status == http::StatusCode::UNAUTHORIZED => {
+                    Count::OutboundDenied
+                }
+                _ => Count::OutboundFailed,
+            };
+            worker.counts().one(count);
+            tracing::info!(
+                target: "access",
+                direction = "outbound",
+                src.workload = %pod.name,
+                src.identity = %source.identity,
+                dst.addr = %original,
+                error = %failure,
+                denied,
+                "connection failed"
+            );
+            reset(socket);
+        }
+    }
+}
+
+struct Outbound<'a> {
+    worker: &'a Rc<Worker>,
+    pod: &'a Arc<LocalPod>,
+    source: &'a Workload,
+    client: SocketAddr,
+}
+
+impl Outbound<'_> {
+    async fn connect(&self, about: &Tunnelled, original: SocketAddr) -> Result<Leg, Failure> {
+        let maps = &self.worker.shared.maps;
+        let mut random = || self.worker.random();
+        let chosen = maps.backend(about.backend, about.generation);
+        let mut target = match chosen {
+            Some(chosen) => chosen,
+            // It went between the kernel's choice and now.
+            None if about.service != 0 => maps.pick(about.service, &[], &mut random).ok().flatten().unwrap_or(Target {
+                backend: 0,
+                generation: 0,
+                at: original,
+            }),
+            None => Target { backend: 0, generation: 0, at: original },
+        };
+        // A destination that was named by address is never another one.
+        let may_move = about.service != 0;
+        let mut patience = if may_move { PATIENCE } else { CONNECT_WITHIN };
+        let mut tried = Vec::with_capacity(MAX_TRIES);
+        let first = target;
+        loop {
+            let failure = match self.attempt(&target, patience).await {
+                Ok(leg) => {
+                    let _ = maps.answered(&target);
+                    return Ok(leg);
+                }
+                Err(failure) => failure,
+            };
+            if !(may_move && failure.elsewhere()) {
+                return Err(failure);
+            }
+            debug!(pod = %self.pod.name, %failure, "another backend is tried");
+            let _ = maps.failed(self.pod.cookie, about.service, &target);
+            tried.push(target.backend);
+            let next = if tried.len() < MAX_TRIES { maps.pick(about.service, &tried, &mut random) } else { Ok(None) };
+            match next {
+                Ok(Some(next)) => {
+                    self.worker.counts().one(Count::OutboundRepicked);
+                    target = next;
+                }
+                // All were silent: perhaps the network is slow, not they.
+                _ if failure.silent() && patience < CONNECT_WITHIN => {
+                    patience = CONNECT_WITHIN;
+                    target = first;
+                }
+                _ => return Err(failure),
+            }
+        }
+    }
+
+    async fn attempt(&self, target: &Target, patience: Duration) -> Result<Leg, Failure> {
+        let shared = &self.worker.shared;
+        let at = target.at;
+        let Some(destination) = shared.view.at(&at.ip()) else {
+            // It left the mesh: then it takes what it is sent.
+            return sockets::connect_within(shared, self.pod, at, None, patience)
+                .await
+                .map(Leg::Plain)
+                .map_err(|error| Failure::Dial { at, error });
+        };
+        if let Some(pod) = shared.pod(destination.pod).filter(|_| !shared.local_tls) {
+            return self.local(&pod, &destination, at, patience).await;
+        }
+        let credential = shared.store.fetch(&self.source.identity).await?;
+        let context = self.worker.contexts.of(&credential)?;
+        let key = Key {
+            source: self.source.identity.clone(),
+            expected: Arc::new([destination.identity.clone()]),
+            destination: SocketAddr::new(at.ip(), HBONE_PORT),
+            source_ip: self.client.ip(),
+        };
+        let metadata = Metadata {
+            baggage: Some(about(self.source)),
+            forwarded: Some(Forwarded::new(self.client, None)),
+            traceparent: None,
+        };
+        let connect =
+            Connect { patience, within: CONNECT_WITHIN, ..Connect::new(Authority::Address(at), metadata) };
+        let dial = || {
+            let (shared, pod, to) = (shared.clone(), self.pod.clone(), key.destination);
+            async move { sockets::connect(&shared, &pod, to, None).await }
+        };
+        Ok(Leg::Tunnel(self.worker.pool.connect(&key, &context, &connect, dial).await?.stream))
+    }
+
+    /// Both ends are here: this node proves who the client is, and asks the policies itself.
+    async fn local(
+        &self,
+        pod: &LocalPod,
+        destination: &Workload,
+        at: SocketAddr,
+        patience: Duration,
+    ) -> Result<Leg, Failure> {
+        let shared = &self.worker.shared;
+        if let Some(workload) = &destination.selected_by {
+            let request = Request {
+                source_ip: self.client.ip(),
+                source: Some(&self.source.identity),
+                destination_ip: at.ip(),
+                destination_port: at.port(),
+            };
+            let decision = shared.policies.admit(workload, &request);
+            if !decision.allow {
+                shared.counts.one(Count::InboundDenied);
+                return Err(Failure::Denied(decision.to_string()));
+            }
+        }
+        sockets::connect_within(shared, pod, at, Some(self.client), patience)
+            .await
+            .map(Leg::Local)
+            .map_err(|error| Failure::Dial { at, error })
+    }
+
+    async fn relay(&self, socket: TcpStream, leg: Leg) {
+        let bytes = Bytes::default();
+        let (count, ended) = match leg {
+            Leg::Tunnel(stream) => {
+                self.worker.counts().one(Count::OutboundTunnelled);
+                (Count::OutboundTunnelled, relay::tunnel(socket, stream, &bytes).await.map_err(|e| e.to_string()))
+            }
+            Leg::Local(far) => {
+                self.worker.counts().one(Count::OutboundLocal);
+                (Count::OutboundLocal, relay::local(socket, far, &bytes).await.map_err(|e| e.to_string()))
+            }
+            Leg::Plain(far) => {
+                self.worker.counts().one(Count::OutboundPlain);
+                (Count::OutboundPlain, relay::local(socket, far, &bytes).await.map_err(|e| e.to_string()))
+            }
+        };
+        self.worker.counts().add(Count::BytesSent, bytes.sent.get());
+        self.worker.counts().add(Count::BytesReceived, bytes.received.get());
+        if let Err(error) = ended {
+            debug!(pod = %self.pod.name, how = count.name(), error, "a connection was cut");
+        }
+    }
+}
+
+/// What is told of a workload.
+pub fn about(workload: &Workload) -> Baggage {
+    let pod = workload.name.split_once('/').map_or(&*workload.name, |(_, pod)| pod);
+    Baggage {
+        namespace: Some(workload.namespace().into()),
+        workload_type: Some("pod".into()),
+        workload: Some(pod.into()),
+        ..Baggage::default()
+    }
+}

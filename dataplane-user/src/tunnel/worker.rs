@@ -1,0 +1,166 @@
+//! One thread of the tunnel: accepts in every pod, and carries what it accepted to the end.
+
+use std::{
+    cell::{Cell, RefCell},
+    collections::HashMap,
+    hash::{BuildHasher as _, RandomState},
+    io,
+    net::SocketAddr,
+    rc::Rc,
+    sync::Arc,
+    time::Duration,
+};
+
+use tokio::{
+    net::{TcpListener, TcpStream},
+    sync::mpsc::{UnboundedReceiver, UnboundedSender, unbounded_channel},
+    task::{JoinHandle, LocalSet, spawn_local},
+};
+use tracing::{debug, warn};
+
+use super::{Counts, LocalPod, Shared, inbound, outbound, sockets::Listeners};
+use crate::{
+    hbone::{self, Timeouts, pool::Pool, tls::Contexts},
+    registry::change::PodId,
+};
+
+/// How often ended connections are dropped from the pool.
+const SWEEP: Duration = Duration::from_secs(10);
+/// After accept() failed for want of descriptors or memory.
+const BREATH: Duration = Duration::from_millis(20);
+
+/// What the agent's thread tells a worker.
+pub enum Order {
+    Serve { pod: Arc<LocalPod>, listeners: Listeners },
+    Release(PodId),
+}
+
+/// A worker's own: shared with no other thread.
+pub struct Worker {
+    pub shared: Arc<Shared>,
+    pub pool: Pool,
+    pub contexts: Contexts,
+    pub timeouts: Timeouts,
+    random: Cell<u32>,
+    accepting: RefCell<HashMap<PodId, Vec<JoinHandle<()>>>>,
+}
+
+impl Worker {
+    pub fn start(number: usize, shared: Arc<Shared>) -> io::Result<UnboundedSender<Order>> {
+        let (sender, orders) = unbounded_channel();
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
+        let run = move || {
+            let worker = Rc::new(Self::new(number, shared));
+            runtime.block_on(LocalSet::new().run_until(worker.serve(orders)));
+        };
+        std::thread::Builder::new().name(format!("tunnel-{number}")).spawn(run)?;
+        Ok(sender)
+    }
+
+    fn new(number: usize, shared: Arc<Shared>) -> Self {
+        let timeouts = Timeouts::default();
+        // The standard library's hash keys are random: one per worker.
+        let seed = RandomState::new().hash_one(number) as u32;
+        Self {
+            shared,
+            pool: Pool::new(timeouts),
+            contexts: Contexts::default(),
+            timeouts,
+            random: Cell::new(seed | 1),
+            accepting: RefCell::default(),
+        }
+    }
+
+    async fn serve(self: Rc<Self>, mut orders: UnboundedReceiver<Order>) {
+        let mut sweep = tokio::time::interval(SWEEP);
+        loop {
+            tokio::select! {
+                order = orders.recv() => match order {
+                    Some(Order::Serve { pod, listeners }) => self.accept_in(&pod, listeners),
+                    Some(Order::Release(pod)) => self.release(pod),
+                    None => return,
+                },
+                _ = sweep.tick() => self.pool.sweep(),
+            }
+        }
+    }
+
+    fn accept_in(self: &Rc<Self>, pod: &Arc<LocalPod>, listeners: Listeners) {
+        let mut accepting = Vec::new();
+        for listener in [Some(listeners.v4), listeners.v6].into_iter().flatten() {
+            match TcpListener::from_std(listener) {
+                Ok(listener) => accepting.push(spawn_local(accept(self.clone(), pod.clone(), listener))),
+                Err(error) => warn!(pod = %pod.name, %error, "its listener cannot be waited for"),
+            }
+        }
+        if let Some(before) = self.accepting.borrow_mut().insert(pod.id, accepting) {
+            before.iter().for_each(JoinHandle::abort);
+        }
+    }
+
+    fn release(&self, pod: PodId) {
+        for accepting in self.accepting.borrow_mut().remove(&pod).into_iter().flatten() {
+            accepting.abort();
+        }
+        let living: Vec<_> = {
+            let pods = self.accepting.borrow();
+            pods.keys().filter_map(|pod| Some(self.shared.view.pod(*pod)?.identity.clone())).collect()
+        };
+        self.contexts.retain(|id| living.contains(id));
+        self.pool.forget(|key| !living.contains(&key.source));
+    }
+
+    /// xorshift32 (Marsaglia 2003): spreads, guards nothing.
+    pub fn random(&self) -> u32 {
+        let mut x = self.random.get();
+        x ^= x << 13;
+        x ^= x >> 17;
+        x ^= x << 5;
+        self.random.set(x);
+        x
+    }
+
+    pub fn counts(&self) -> &Counts {
+        &self.shared.counts
+    }
+}
+
+async fn accept(worker: Rc<Worker>, pod: Arc<LocalPod>, listener: TcpListener) {
+    loop {
+        match listener.accept().await {
+            Ok((socket, peer)) => drop(spawn_local(carry(worker.clone(), pod.clone(), socket, peer))),
+            Err(error) => {
+                warn!(pod = %pod.name, %error, "a connection could not be accepted");
+                tokio::time::sleep(BREATH).await;
+            }
+        }
+    }
+}
+
+/// Which way it goes is told by the address that it came to.
+async fn carry(worker: Rc<Worker>, pod: Arc<LocalPod>, socket: TcpStream, peer: SocketAddr) {
+    let here = match socket.set_nodelay(true).and_then(|()| socket.local_addr()) {
+        Ok(here) => canonical(here),
+        Err(error) => return debug!(pod = %pod.name, %error, "a connection ended before it was looked at"),
+    };
+    let peer = canonical(peer);
+    if here.ip().is_loopback() {
+        outbound::carry(&worker, &pod, socket, peer).await;
+    } else if here.port() == hbone::PORT {
+        inbound::tunnelled(&worker, &pod, socket, peer, here).await;
+    } else {
+        inbound::plaintext(&worker, &pod, socket, peer, here).await;
+    }
+}
+
+fn canonical(at: SocketAddr) -> SocketAddr {
+    SocketAddr::new(at.ip().to_canonical(), at.port())
+}
+
+/// Ends a connection so that the other side sees it was not finished.
+pub fn reset(socket: TcpStream) {
+    // Linger 0 makes close() a RST.
+    if let Err(error) = socket.set_zero_linger() {
+        debug!(%error, "a connection is closed instead of reset");
+    }
+}
