@@ -4,6 +4,7 @@ mod config;
 mod doctor;
 mod endpoints;
 mod events;
+mod policy;
 mod rollout;
 mod status;
 mod table;
@@ -76,6 +77,9 @@ enum Command {
     /// What a running agent was told
     #[command(subcommand)]
     Config(ConfigCommand),
+    /// Who may talk to whom: check policy files, explain a decision
+    #[command(subcommand)]
+    Policy(PolicyCommand),
     /// Check this machine: kernel, BTF, cgroup2, bpffs, capabilities, limits; each lack with its remedy
     #[command(after_help = "Exit status: 0 hitless works here; 1 it does not.")]
     Doctor(LookArgs),
@@ -114,6 +118,19 @@ enum ConfigCommand {
   hitless config dump > config.yaml                   # hitless run --config config.yaml
   hitless config dump --state > services.yaml         # hitless run --source file:services.yaml")]
     Dump(config::DumpArgs),
+}
+
+#[derive(Debug, Subcommand)]
+enum PolicyCommand {
+    /// Read AuthorizationPolicy and PeerAuthentication files; each object with its mistakes, and what of it L4 cannot see
+    #[command(after_help = "Needs no agent. Exit status: 0 all can be enforced; 1 something is malformed.")]
+    Check(policy::CheckArgs),
+    /// Why a connection would be let in or refused: every policy, rule and field that was looked at
+    #[command(after_help = "Needs no agent. Examples:
+  hitless policy explain --file policies/ --from shop/web --to shop/app=db:5432
+  hitless policy explain --file p.yaml --from spiffe://cluster.local/ns/shop/sa/web --to shop/db-0:5432 --state state.yaml
+  hitless policy explain --file p.yaml --from 10.0.0.7 --to shop/app=db:5432   # plaintext")]
+    Explain(Box<policy::ExplainArgs>),
 }
 
 const RUN_HELP: &str = "\
@@ -213,6 +230,8 @@ pub fn main() -> ExitCode {
         | Command::Rollout(RolloutCommand::Report(look))
         | Command::Doctor(look)
         | Command::Uninstall(look) => look.output,
+        Command::Policy(PolicyCommand::Check(args)) => args.output,
+        Command::Policy(PolicyCommand::Explain(args)) => args.output,
         Command::Config(ConfigCommand::Dump(args)) if args.output == config::Format::Json => Output::Json,
         Command::Config(_) | Command::Completions { .. } | Command::Canary => Output::Table,
     };
@@ -247,6 +266,8 @@ fn run(command: Command, matches: &ArgMatches) -> anyhow::Result<ExitCode> {
         Command::Drain(DrainCommand::Watch { once, look }) => rollout::watch(!once, &look),
         Command::Rollout(RolloutCommand::Report(look)) => rollout::report(&look),
         Command::Config(ConfigCommand::Dump(args)) => config::dump(&args),
+        Command::Policy(PolicyCommand::Check(args)) => policy::check(&args),
+        Command::Policy(PolicyCommand::Explain(args)) => policy::explain(&args),
         Command::Doctor(look) => doctor::run(&look),
         Command::Uninstall(look) => uninstall(&look),
         Command::Completions { shell } => {
