@@ -92,6 +92,11 @@ impl Modes {
         }
     }
 
+    /// The mode of every port, when they have one in common.
+    pub(super) fn common(&self) -> Option<Mode> {
+        self.ports.iter().all(|entry| entry.1 == self.all.0).then_some(self.all.0)
+    }
+
     /// Is there a port that takes no plaintext?
     pub(super) fn any_strict(&self) -> bool {
         self.all.0 == Mode::Strict || self.ports.iter().any(|entry| entry.1 == Mode::Strict)

@@ -38,6 +38,11 @@ impl Selected {
         self.modes.of(port)
     }
 
+    /// What may enter, when that is the same for every port.
+    pub fn only_mode(&self) -> Option<Mode> {
+        self.modes.common()
+    }
+
     /// Does any port of it take mutual TLS only?
     pub fn any_strict(&self) -> bool {
         self.modes.any_strict()
