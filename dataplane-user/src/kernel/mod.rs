@@ -55,7 +55,7 @@ pub use reader::Reader;
 pub use snapshot::{LinkState, Removed, Snapshot, State, snapshot, uninstall};
 pub use sweep::Swept;
 pub use sys::trim_heap;
-pub use tunnel::TunnelMaps;
+pub use tunnel::{Target, TunnelMaps};
 pub use writer::Rejected;
 
 use crate::registry::{
