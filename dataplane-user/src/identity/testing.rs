@@ -8,8 +8,8 @@ use std::{
 };
 
 use rcgen::{
-    BasicConstraints, CertificateParams, CertifiedIssuer, DistinguishedName, DnType, IsCa, KeyPair, KeyUsagePurpose,
-    SanType,
+    BasicConstraints, CertificateParams, CertificateSigningRequestParams, CertifiedIssuer, DistinguishedName, DnType,
+    IsCa, KeyPair, KeyUsagePurpose, SanType,
 };
 use rustls_pki_types::{CertificateDer, PrivateKeyDer, PrivatePkcs8KeyDer};
 
@@ -62,6 +62,15 @@ impl Root {
     /// What an authority answers.
     pub fn issued(&self, leaf: Leaf) -> Issued {
         Issued { chain: vec![self.sign(&leaf)], key: secret(&leaf.key), roots: vec![self.der()] }
+    }
+
+    /// As an authority that gets requests does. What the request asks for is what it gets, for an hour.
+    pub fn sign_request(&self, csr: &str) -> Result<String, rcgen::Error> {
+        let mut request = CertificateSigningRequestParams::from_pem(csr)?;
+        let now = SystemTime::now();
+        request.params.not_before = (now - Duration::from_secs(60)).into();
+        request.params.not_after = (now + Duration::from_secs(3_600)).into();
+        Ok(request.signed_by(&self.0)?.pem())
     }
 
     /// As an authority for `hitless`: `tls.crt`, `tls.key`, `ca.crt`.
