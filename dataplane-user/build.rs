@@ -1,9 +1,10 @@
 //! Finds the BPF object that `cargo xtask build-ebpf` made, for `kernel::object` to embed, and compiles
-//! the admin API's protocol.
+//! the protocols of the admin API and of certificate authorities.
 
 use std::{env, error::Error, path::PathBuf};
 
 const PROTO: &str = "hitless/admin/v1/admin.proto";
+const AUTHORITIES: &[&str] = &["istio/v1/auth/ca.proto", "spiffe/workload/workload.proto"];
 
 /// Fields that are left out of `--output json` when they are not set.
 const LEFT_OUT: &[&str] = &[
@@ -32,7 +33,8 @@ const LEFT_OUT: &[&str] = &[
 
 fn main() -> Result<(), Box<dyn Error>> {
     bpf_object();
-    admin_api()
+    admin_api()?;
+    authorities()
 }
 
 /// Protocol and JSON by the same types. The compiler of protocols is protox: nothing to install.
@@ -47,6 +49,16 @@ fn admin_api() -> Result<(), Box<dyn Error>> {
         config = config.field_attribute(format!("hitless.admin.v1.{field}"), attribute);
     }
     Ok(config.compile_fds(protox::compile([PROTO], ["proto"])?)?)
+}
+
+/// What certificates are asked for by.
+fn authorities() -> Result<(), Box<dyn Error>> {
+    for proto in AUTHORITIES {
+        println!("cargo::rerun-if-changed=proto/{proto}");
+    }
+    // Messages that carry keys do not print.
+    let config = tonic_prost_build::configure().skip_debug([".X509SVID", ".X509SVIDResponse"]);
+    Ok(config.compile_fds(protox::compile(AUTHORITIES, ["proto"])?)?)
 }
 
 fn bpf_object() {

@@ -1,28 +1,27 @@
 //! Who the workloads are: their identities, and the certificates that prove them.
+//!
+//! An [`Authority`] issues, the [`Store`] asks it, checks what came, keeps it and renews it in time.
 
+mod authority;
+pub mod ca;
+mod credential;
+pub mod files;
+pub mod istio;
+mod pem;
+mod request;
+mod schedule;
+mod source;
 mod spiffe;
+mod store;
+#[cfg(test)]
+mod testing;
+mod watch;
+pub mod workload_api;
 
-use std::{sync::Arc, time::SystemTime};
-
-use rustls::{RootCertStore, sign::CertifiedKey};
-
+pub use authority::{Authority, IssueError, IssueErrorKind, Issued, Issuing, SecretKey};
+pub use credential::{Credential, Flaw, TrustBundle};
+pub use request::Request;
+pub use schedule::{Schedule, Timing};
+pub use source::{BadSource, Source};
 pub use spiffe::{BadSpiffeId, SpiffeId};
-
-/// A workload's certificate chain and key, and whom it trusts. Replaced as a whole when any part is renewed.
-#[derive(Clone)]
-pub struct Credential {
-    pub id: SpiffeId,
-    /// Leaf first; the key never leaves memory.
-    pub key: Arc<CertifiedKey>,
-    pub trust: Arc<TrustBundle>,
-    pub not_before: SystemTime,
-    pub not_after: SystemTime,
-    /// Of the leaf, hexadecimal.
-    pub serial: String,
-}
-
-/// The roots of a trust domain.
-pub struct TrustBundle {
-    pub trust_domain: Arc<str>,
-    pub roots: Arc<RootCertStore>,
-}
+pub use store::{Numbers, Report, State, Store};
