@@ -1,0 +1,236 @@
+//! Bytes between a TCP connection and a CONNECT stream, both ways: half-close, back-pressure, and resets carried over.
+
+use std::{
+    cell::Cell,
+    future::poll_fn,
+    io::{self, IoSlice},
+    os::fd::AsRawFd,
+    task::{Context, Poll},
+};
+
+use bytes::{Buf, BufMut, Bytes, BytesMut};
+use h2::{Reason, RecvStream, SendStream};
+use tokio::net::TcpStream;
+
+use super::Stream;
+
+/// A connection that only chats reads so much at once …
+const SMALL: usize = 16 << 10;
+/// … and one that fills its buffer soon reads so much.
+const LARGE: usize = 128 << 10;
+/// Frames written to the application in one system call.
+const GATHER: usize = 32;
+
+/// What went through, whether it ended well or not.
+#[derive(Debug, Default)]
+pub struct Counts {
+    /// From the TCP connection into the tunnel.
+    pub sent: Cell<u64>,
+    /// Out of the tunnel to the TCP connection.
+    pub received: Cell<u64>,
+}
+
+/// Which side ended a relay before its time.
+#[derive(Debug, thiserror::Error)]
+pub enum RelayError {
+    #[error("the local connection failed: {0}")]
+    Local(io::Error),
+    #[error("the tunnel was reset ({0})")]
+    Tunnel(h2::Error),
+}
+
+/// Relays until both directions have ended. A failure of one side resets the other.
+pub async fn tunnel(tcp: TcpStream, stream: Stream, counts: &Counts) -> Result<(), RelayError> {
+    let Stream { mut send, mut recv, _place } = stream;
+    let result = {
+        let up = upload(&tcp, &mut send, &counts.sent);
+        let down = download(&tcp, &mut recv, &counts.received);
+        tokio::try_join!(up, down).map(drop)
+    };
+    match &result {
+        Ok(()) => {}
+        // RFC 9113 section 8.5: a TCP error is CONNECT_ERROR to the other side.
+        Err(RelayError::Local(_)) => send.send_reset(Reason::CONNECT_ERROR),
+        Err(RelayError::Tunnel(_)) => reset(tcp),
+    }
+    result
+}
+
+/// Relays between two TCP connections on this node.
+pub async fn local(near: TcpStream, far: TcpStream, counts: &Counts) -> Result<(), io::Error> {
+    let result = tokio::try_join!(copy(&near, &far, &counts.sent), copy(&far, &near, &counts.received)).map(drop);
+    if result.is_err() {
+        reset(near);
+        reset(far);
+    }
+    result
+}
+
+/// TCP to tunnel.
+async fn upload(tcp: &TcpStream, send: &mut SendStream<Bytes>, count: &Cell<u64>) -> Result<(), RelayError> {
+    let mut size = SMALL;
+    let mut buffer = BytesMut::new();
+    loop {
+        // The other direction may have ended: then nobody else would notice a reset.
+        tokio::select! {
+            biased;
+            ready = tcp.readable() => ready.map_err(RelayError::Local)?,
+            reset = poll_fn(|cx| send.poll_reset(cx)) => return Err(RelayError::Tunnel(reason(reset))),
+        }
+        loop {
+            send.reserve_capacity(size);
+            let room = poll_fn(|cx| poll_room(send, cx)).await?;
+            buffer.reserve(room.min(size));
+            let mut limited = (&mut buffer).limit(room.min(size));
+            match tcp.try_read_buf(&mut limited) {
+                Ok(0) => {
+                    return send.send_data(Bytes::new(), true).map_err(RelayError::Tunnel);
+                }
+                Ok(n) => {
+                    count.set(count.get() + n as u64);
+                    send.send_data(buffer.split().freeze(), false).map_err(RelayError::Tunnel)?;
+                    if n < room.min(size) {
+                        // Nothing is waiting now; keep the chat's buffers small.
+                        size = if n < size / 4 { (size / 2).max(SMALL) } else { size };
+                        break;
+                    }
+                    size = (size * 2).min(LARGE);
+                }
+                Err(e) if e.kind() == io::ErrorKind::WouldBlock => break,
+                Err(e) => return Err(RelayError::Local(e)),
+            }
+        }
+        // An idle stream must not hold on to the connection's window.
+        send.reserve_capacity(0);
+    }
+}
+
+/// How much may be sent, at least one byte.
+fn poll_room(send: &mut SendStream<Bytes>, cx: &mut Context<'_>) -> Poll<Result<usize, RelayError>> {
+    loop {
+        if send.capacity() > 0 {
+            return Poll::Ready(Ok(send.capacity()));
+        }
+        match send.poll_capacity(cx) {
+            Poll::Ready(Some(Ok(_))) => {}
+            Poll::Ready(Some(Err(e))) => return Poll::Ready(Err(RelayError::Tunnel(e))),
+            // The stream takes no more: it was reset, and the reason is known elsewhere.
+            Poll::Ready(None) => return Poll::Ready(Err(RelayError::Tunnel(reason(Ok(Reason::STREAM_CLOSED))))),
+            Poll::Pending => {
+                return match send.poll_reset(cx) {
+                    Poll::Ready(why) => Poll::Ready(Err(RelayError::Tunnel(reason(why)))),
+                    Poll::Pending => Poll::Pending,
+                };
+            }
+        }
+    }
+}
+
+/// Tunnel to TCP.
+async fn download(tcp: &TcpStream, recv: &mut RecvStream, count: &Cell<u64>) -> Result<(), RelayError> {
+    let mut chunks = Vec::<Bytes>::with_capacity(4);
+    loop {
+        let ended = poll_fn(|cx| poll_chunks(recv, &mut chunks, cx)).await.map_err(RelayError::Tunnel)?;
+        let mut taken = 0;
+        while taken < chunks.len() {
+            let mut slices = [IoSlice::new(&[]); GATHER];
+            let n = chunks[taken..].len().min(GATHER);
+            for (slice, chunk) in slices.iter_mut().zip(&chunks[taken..]) {
+                *slice = IoSlice::new(chunk);
+            }
+            let mut written = match tcp.try_write_vectored(&slices[..n]) {
+                Ok(n) => n,
+                Err(e) if e.kind() == io::ErrorKind::WouldBlock => {
+                    tcp.writable().await.map_err(RelayError::Local)?;
+                    continue;
+                }
+                Err(e) => return Err(RelayError::Local(e)),
+            };
+            count.set(count.get() + written as u64);
+            // Only now may the peer send as much again.
+            recv.flow_control().release_capacity(written).map_err(RelayError::Tunnel)?;
+            while written > 0 {
+                let step = written.min(chunks[taken].len());
+                chunks[taken].advance(step);
+                written -= step;
+                if chunks[taken].is_empty() {
+                    taken += 1;
+                }
+            }
+        }
+        chunks.clear();
+        if ended {
+            return shutdown(tcp).map_err(RelayError::Local);
+        }
+    }
+}
+
+/// Everything that has come, at least one chunk unless the stream ended; whether it has.
+fn poll_chunks(recv: &mut RecvStream, chunks: &mut Vec<Bytes>, cx: &mut Context<'_>) -> Poll<Result<bool, h2::Error>> {
+    loop {
+        match recv.poll_data(cx) {
+            Poll::Ready(Some(Ok(chunk))) => {
+                if !chunk.is_empty() {
+                    chunks.push(chunk);
+                }
+                if chunks.len() == GATHER {
+                    return Poll::Ready(Ok(false));
+                }
+            }
+            Poll::Ready(None) => return Poll::Ready(Ok(true)),
+            // What came before a reset still goes out when it was read together with it.
+            Poll::Ready(Some(Err(e))) if chunks.is_empty() => return Poll::Ready(Err(e)),
+            Poll::Ready(Some(Err(_))) => return Poll::Ready(Ok(false)),
+            Poll::Pending if chunks.is_empty() => return Poll::Pending,
+            Poll::Pending => return Poll::Ready(Ok(false)),
+        }
+    }
+}
+
+/// One direction between two TCP connections.
+async fn copy(from: &TcpStream, to: &TcpStream, count: &Cell<u64>) -> io::Result<()> {
+    let mut buffer = BytesMut::new();
+    let mut size = SMALL;
+    loop {
+        from.readable().await?;
+        buffer.reserve(size);
+        match from.try_read_buf(&mut buffer) {
+            Ok(0) => return shutdown(to),
+            Ok(n) => size = if n >= size { (size * 2).min(LARGE) } else { size },
+            Err(e) if e.kind() == io::ErrorKind::WouldBlock => {
+                // An idle connection holds no buffer.
+                buffer = BytesMut::new();
+                continue;
+            }
+            Err(e) => return Err(e),
+        }
+        while !buffer.is_empty() {
+            match to.try_write(&buffer) {
+                Ok(n) => {
+                    count.set(count.get() + n as u64);
+                    buffer.advance(n);
+                }
+                Err(e) if e.kind() == io::ErrorKind::WouldBlock => to.writable().await?,
+                Err(e) => return Err(e),
+            }
+        }
+    }
+}
+
+fn shutdown(tcp: &TcpStream) -> io::Result<()> {
+    match nix::sys::socket::shutdown(tcp.as_raw_fd(), nix::sys::socket::Shutdown::Write) {
+        // The other side was quicker.
+        Ok(()) | Err(nix::Error::ENOTCONN) => Ok(()),
+        Err(e) => Err(e.into()),
+    }
+}
+
+/// RST instead of FIN.
+fn reset(tcp: TcpStream) {
+    // It fails only on a socket that is gone already.
+    let _ = tcp.set_zero_linger();
+}
+
+fn reason(reset: Result<Reason, h2::Error>) -> h2::Error {
+    reset.map_or_else(|e| e, h2::Error::from)
+}

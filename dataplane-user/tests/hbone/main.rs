@@ -1,0 +1,4 @@
+//! The tunnel's protocol end to end over loopback: both sides of it here, with certificates made for the test.
+
+mod streams;
+mod support;
