@@ -1,9 +1,10 @@
 //! Finds the BPF object that `cargo xtask build-ebpf` made, for `kernel::object` to embed, and compiles
-//! the admin API's protocol.
+//! the protocols of the admin API and of container runtimes.
 
 use std::{env, error::Error, path::PathBuf};
 
 const PROTO: &str = "hitless/admin/v1/admin.proto";
+const RUNTIME_PROTO: &str = "runtime/v1/api.proto";
 
 /// Fields that are left out of `--output json` when they are not set.
 const LEFT_OUT: &[&str] = &[
@@ -32,7 +33,8 @@ const LEFT_OUT: &[&str] = &[
 
 fn main() -> Result<(), Box<dyn Error>> {
     bpf_object();
-    admin_api()
+    admin_api()?;
+    container_runtime()
 }
 
 /// Protocol and JSON by the same types. The compiler of protocols is protox: nothing to install.
@@ -47,6 +49,12 @@ fn admin_api() -> Result<(), Box<dyn Error>> {
         config = config.field_attribute(format!("hitless.admin.v1.{field}"), attribute);
     }
     Ok(config.compile_fds(protox::compile([PROTO], ["proto"])?)?)
+}
+
+fn container_runtime() -> Result<(), Box<dyn Error>> {
+    println!("cargo::rerun-if-changed=proto/{RUNTIME_PROTO}");
+    let client = tonic_prost_build::configure().build_server(false);
+    Ok(client.compile_fds(protox::compile([RUNTIME_PROTO], ["proto"])?)?)
 }
 
 fn bpf_object() {
