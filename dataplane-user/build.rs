@@ -1,10 +1,11 @@
 //! Finds the BPF object that `cargo xtask build-ebpf` made, for `kernel::object` to embed, and compiles
-//! the protocols of the admin API and of certificate authorities.
+//! the protocols of the admin API, of certificate authorities and of container runtimes.
 
 use std::{env, error::Error, path::PathBuf};
 
 const PROTO: &str = "hitless/admin/v1/admin.proto";
 const AUTHORITIES: &[&str] = &["istio/v1/auth/ca.proto", "spiffe/workload/workload.proto"];
+const RUNTIME_PROTO: &str = "runtime/v1/api.proto";
 
 /// Fields that are left out of `--output json` when they are not set.
 const LEFT_OUT: &[&str] = &[
@@ -34,7 +35,8 @@ const LEFT_OUT: &[&str] = &[
 fn main() -> Result<(), Box<dyn Error>> {
     bpf_object();
     admin_api()?;
-    authorities()
+    authorities()?;
+    container_runtime()
 }
 
 /// Protocol and JSON by the same types. The compiler of protocols is protox: nothing to install.
@@ -59,6 +61,12 @@ fn authorities() -> Result<(), Box<dyn Error>> {
     // Messages that carry keys do not print.
     let config = tonic_prost_build::configure().skip_debug([".X509SVID", ".X509SVIDResponse"]);
     Ok(config.compile_fds(protox::compile(AUTHORITIES, ["proto"])?)?)
+}
+
+fn container_runtime() -> Result<(), Box<dyn Error>> {
+    println!("cargo::rerun-if-changed=proto/{RUNTIME_PROTO}");
+    let client = tonic_prost_build::configure().build_server(false);
+    Ok(client.compile_fds(protox::compile([RUNTIME_PROTO], ["proto"])?)?)
 }
 
 fn bpf_object() {

@@ -43,14 +43,9 @@ pub struct Options {
     #[arg(long, env = "HITLESS_SOURCE", value_name = "SOURCE")]
     pub source: Option<Source>,
 
-    /// With the kube source: this node's name in the API [default: the host's name]
-    #[arg(long, env = "HITLESS_NODE_NAME", value_name = "NAME")]
-    pub node_name: Option<String>,
-
-    /// With the kube source: credentials and address of the API server [default: the pod's service
-    /// account, else KUBECONFIG, else ~/.kube/config]
-    #[arg(long, env = "HITLESS_KUBECONFIG", value_name = "FILE")]
-    pub kubeconfig: Option<PathBuf>,
+    #[command(flatten)]
+    #[serde(flatten)]
+    pub cluster: Cluster,
 
     #[command(flatten)]
     #[serde(flatten)]
@@ -126,6 +121,25 @@ pub struct Options {
     /// What is logged: error, warn, info, debug, trace, or a tracing filter [default: info]
     #[arg(long, env = "HITLESS_LOG_LEVEL", value_name = "LEVEL")]
     pub log_level: Option<String>,
+}
+
+/// How the kube source gets to its cluster.
+#[derive(Args, Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case", default)]
+pub struct Cluster {
+    /// With the kube source: this node's name in the API [default: the host's name]
+    #[arg(long, env = "HITLESS_NODE_NAME", value_name = "NAME")]
+    pub node_name: Option<String>,
+
+    /// With the kube source: credentials and address of the API server [default: the pod's service
+    /// account, else KUBECONFIG, else ~/.kube/config]
+    #[arg(long, env = "HITLESS_KUBECONFIG", value_name = "FILE")]
+    pub kubeconfig: Option<PathBuf>,
+
+    /// With the kube source: the container runtime's socket on the node, where images' STOPSIGNAL is asked for;
+    /// auto: where containerd, k3s or CRI-O have it; off [default: auto]
+    #[arg(long, env = "HITLESS_CRI_SOCKET", value_name = "PATH")]
+    pub cri_socket: Option<source::kube::cri::Socket>,
 }
 
 /// What names an agent's pins and socket: every command that looks at an agent takes these.
@@ -206,18 +220,33 @@ impl Place {
     }
 }
 
+impl Cluster {
+    /// `self` wins, field by field.
+    pub fn over(self, under: Self) -> Self {
+        prefer!(self, under, node_name, kubeconfig, cri_socket)
+    }
+
+    pub fn settings(self) -> source::kube::Settings {
+        let host = || nix::unistd::gethostname().map(|name| name.to_string_lossy().into_owned());
+        source::kube::Settings {
+            kubeconfig: self.kubeconfig,
+            node: self.node_name.unwrap_or_else(|| host().unwrap_or_default()),
+            cri: self.cri_socket.unwrap_or_default(),
+        }
+    }
+}
+
 impl Options {
     /// `self` wins, field by field.
     pub fn over(self, under: Self) -> Self {
         let place = self.place.clone().over(under.place.clone());
         let mesh = self.mesh.clone().over(under.mesh.clone());
+        let cluster = self.cluster.clone().over(under.cluster.clone());
         macro_rules! all {
-            ($($field:ident),* $(,)?) => { Self { place, mesh, $($field: self.$field.or(under.$field)),* } };
+            ($($field:ident),* $(,)?) => { Self { place, cluster, mesh, $($field: self.$field.or(under.$field)),* } };
         }
         all!(
             source,
-            node_name,
-            kubeconfig,
             host,
             layers,
             syn_timeout,
@@ -283,14 +312,11 @@ impl Options {
             TcxUse::Auto => Tcx::Auto,
             TcxUse::Off => Tcx::Off,
         };
-        let node = self.node_name.unwrap_or_else(|| {
-            nix::unistd::gethostname().map(|name| name.to_string_lossy().into_owned()).unwrap_or_default()
-        });
         // Who runs in a cluster is watched over there.
         let unset = if source == Source::Kube { Some(CLUSTER_METRICS) } else { None };
         Ok(Config {
             source,
-            kube: source::kube::Settings { kubeconfig: self.kubeconfig, node },
+            kube: self.cluster.settings(),
             state_dir: self.place.state_dir(),
             kernel,
             host: self.host.unwrap_or(false),
@@ -601,6 +627,7 @@ mod tests {
 source: file:/etc/hitless/services.yaml
 node-name: node-1
 kubeconfig: /etc/hitless/kubeconfig
+cri-socket: /run/x.sock
 state-dir: /run/x
 cgroup: /sys/fs/cgroup/x
 bpffs: /sys/fs/bpf

@@ -6,11 +6,12 @@
 
 mod cluster;
 mod host;
+mod kube;
 mod probe;
 
 use serde::Serialize;
 
-use crate::kernel::Config;
+use crate::{kernel::Config, source::kube::Settings};
 
 /// How a check ended.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize)]
@@ -68,6 +69,16 @@ pub fn run(config: &Config) -> Vec<Check> {
     checks.push(probe::neighbours(config));
     checks.extend([cluster::kube_proxy(), cluster::cni()]);
     checks
+}
+
+/// What the kube source asks: the API server and the container runtime. Seconds, where one of them does not answer.
+pub fn kube(settings: &Settings) -> Vec<Check> {
+    vec![kube::api_server(settings), kube::runtime(&settings.cri)]
+}
+
+/// Instead of these, where nobody says what the source is.
+pub fn no_source() -> Check {
+    Check::ok("source", "not given: for a cluster's node add --source kube, and the API server is tried too")
 }
 
 /// The worst of them.

@@ -439,7 +439,7 @@ fn lacks(site: &Site, source: &str, capabilities: &[String]) -> Option<String> {
         let waiting = status["waitingFor"].as_str();
         let waiting = waiting.filter(|what| !patient.iter().any(|start| what.starts_with(start)));
         lack = status["pods"][0]["error"].as_str().or(waiting).map(str::to_owned);
-        lack.is_some() || (status["ready"] == true && status["pods"][0]["enrolled"] == true)
+        lack.is_some() || (status["ready"] == true && status["pods"][0]["attached"] == true)
     });
     agent.stop(Signal::SIGTERM);
     lack

@@ -130,6 +130,31 @@ fn a_container_that_sees_only_its_own_processes_is_told_to_take_the_host_s() {
     assert_eq!(nested["status"], "ok", "{nested}");
 }
 
+/// A pod has its own file system; the runtime's socket is in the node's, which process 1 is in.
+#[test]
+fn a_runtime_is_found_in_the_file_system_of_process_1() {
+    let directory = tempfile::tempdir().expect("a directory");
+    let listener = std::os::unix::net::UnixListener::bind(directory.path().join("containerd.sock")).expect("a socket");
+    // No runtime, and it need not be one: whoever is found there is asked.
+    std::thread::spawn(move || {
+        while let Ok((stream, _)) = listener.accept() {
+            drop(stream)
+        }
+    });
+    let ask = "HITLESS_SOURCE=kube doctor";
+    let node = format!(
+        "mount -t tmpfs tmpfs /run; mkdir /run/containerd; mount --bind {} /run/containerd; export -f doctor",
+        directory.path().display()
+    );
+    let pod = format!("{node}; unshare --mount bash -c 'umount /run/containerd; {ask}'; true");
+    let found = doctor_in(&CONTAINER, &pod, "container runtime");
+    assert_eq!(found["status"], "warn", "{found}");
+    let path = "/proc/1/root/run/containerd/containerd.sock: ";
+    assert!(found["found"].as_str().is_some_and(|found| found.starts_with(path)), "{found}");
+    let absent = doctor_in(&CONTAINER, &format!("mount -t tmpfs tmpfs /run; {ask}"), "container runtime");
+    assert!(absent["found"].as_str().is_some_and(|found| found.starts_with("no container runtime")), "{absent}");
+}
+
 #[test]
 fn a_cgroup_namespace_that_begins_below_the_root_is_told() {
     let cgroup = cgroup2_root().expect("cgroup2 is mounted").join(format!("hl-doctor-ns-{}", std::process::id()));

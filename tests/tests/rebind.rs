@@ -8,7 +8,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use anyhow::Result;
+use anyhow::{Context, Result};
 use hitless_tests::lab::{
     Topology,
     control::Terms,
@@ -291,8 +291,17 @@ fn a_pod_that_is_not_enrolled_is_left_alone_and_takes_no_backend_out() -> Result
         }
     }
     assert_eq!((scene.rebound()?, scene.counter("suspected")?), (0, 0));
+    let agent = scene.agents.first().context("the node has an agent")?;
+    agent.wait_enrolled(&stranger.name)?;
+    let enrolled = || -> Result<bool> {
+        let status = agent.status()?;
+        let row = status["pods"].as_array().into_iter().flatten().find(|row| row["name"] == *stranger.name);
+        row.and_then(|row| row["enrolled"].as_bool()).context("the pod is the agent's to look after")
+    };
+    assert!(!enrolled()?, "attached is not enrolled");
     // The same, once it is enrolled: its word counts.
     scene.announce(&stranger, &Terms { not_enrolled: false, ..terms })?;
+    assert!(enrolled()?);
     let mut stream = connect_from(&stranger.place, SocketAddr::new(scene.webs[0].pod.v4(), PORT))?;
     assert_eq!(who(&mut stream)?, "web-2");
     assert_eq!((scene.rebound()?, scene.counter("suspected")?), (1, 1));

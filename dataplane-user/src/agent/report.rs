@@ -81,7 +81,7 @@ fn facts(core: &Core, config: &Config) -> Facts {
         layers: core.kernel.settings().layers,
         objects: core.registry.counts(),
         skipped: core.problems.len(),
-        enrolled: core.kernel.enrolled().len(),
+        enrolled: core.kernel.enrolled().keys().filter(|pod| core.registry.enrolls(**pod)).count(),
         failing: core.failing_pods.len(),
         hooks: core.hooks.iter().map(|hook| (hook.hook.clone(), hook.ok)).collect(),
         lags: core.lags.clone(),
@@ -96,7 +96,7 @@ fn waiting_for(core: &Core) -> String {
     if !core.registry.synced() {
         return "the first full state of the source".into();
     }
-    match pods(core).iter().find(|pod| !pod.enrolled && pod.error.is_none()) {
+    match pods(core).iter().find(|pod| !pod.attached && pod.error.is_none()) {
         Some(pod) => format!("pod {} to be enrolled", pod.name),
         None if core.unproved.is_some() => core.unproved.clone().unwrap_or_default(),
         None => "the hooks to be proved by a connect of the agent's own".into(),
@@ -104,11 +104,12 @@ fn waiting_for(core: &Core) -> String {
 }
 
 fn pods(core: &Core) -> Vec<PodRow> {
-    let enrolled = core.kernel.enrolled();
+    let attached = core.kernel.enrolled();
     let rows = core.registry.local_pods().map(|id| PodRow {
         name: core.registry.pod_label(id).map(|name| name.to_string()).unwrap_or_default(),
-        enrolled: enrolled.contains_key(&id),
-        netns_cookie: enrolled.get(&id).copied(),
+        enrolled: core.registry.enrolls(id),
+        attached: attached.contains_key(&id),
+        netns_cookie: attached.get(&id).copied(),
         error: core.failing_pods.get(&id).cloned(),
     });
     let mut rows: Vec<_> = rows.collect();

@@ -80,9 +80,10 @@ enum Command {
     /// Who may talk to whom: check policy files, explain a decision
     #[command(subcommand)]
     Policy(PolicyCommand),
-    /// Check this machine: kernel, BTF, cgroup2, bpffs, capabilities, limits; each lack with its remedy
+    /// Check this machine: kernel, BTF, cgroup2, bpffs, capabilities, limits; with the kube source the API server and
+    /// the container runtime; each lack with its remedy
     #[command(after_help = "Exit status: 0 hitless works here; 1 it does not.")]
-    Doctor(LookArgs),
+    Doctor(doctor::DoctorArgs),
     /// Remove all that hitless made on this node (programs, maps, pins, filters), and nothing else
     #[command(after_help = "Refused while an agent of this name runs: stop it first.")]
     Uninstall(LookArgs),
@@ -228,7 +229,7 @@ pub fn main() -> ExitCode {
         | Command::Connections(look)
         | Command::Drain(DrainCommand::Watch { look, .. })
         | Command::Rollout(RolloutCommand::Report(look))
-        | Command::Doctor(look)
+        | Command::Doctor(doctor::DoctorArgs { look, .. })
         | Command::Uninstall(look) => look.output,
         Command::Policy(PolicyCommand::Check(args)) => args.output,
         Command::Policy(PolicyCommand::Explain(args)) => args.output,
@@ -268,7 +269,7 @@ fn run(command: Command, matches: &ArgMatches) -> anyhow::Result<ExitCode> {
         Command::Config(ConfigCommand::Dump(args)) => config::dump(&args),
         Command::Policy(PolicyCommand::Check(args)) => policy::check(&args),
         Command::Policy(PolicyCommand::Explain(args)) => policy::explain(&args),
-        Command::Doctor(look) => doctor::run(&look),
+        Command::Doctor(args) => doctor::run(args),
         Command::Uninstall(look) => uninstall(&look),
         Command::Completions { shell } => {
             clap_complete::generate(shell, &mut for_people(), "hitless", &mut std::io::stdout());

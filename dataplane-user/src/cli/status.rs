@@ -2,6 +2,8 @@
 
 use std::{fmt::Write, process::ExitCode};
 
+use dataplane_ebpf::abi::POD_ENROLLED;
+
 use super::{LookArgs, Output, json, print, table::table};
 use crate::{
     admin::{
@@ -61,7 +63,8 @@ fn pinned(config: &kernel::Config) -> anyhow::Result<Option<Status>> {
             .iter()
             .map(|(cookie, pod)| PodRow {
                 name: format!("#{}", pod.pod),
-                enrolled: true,
+                enrolled: pod.flags & POD_ENROLLED != 0,
+                attached: true,
                 netns_cookie: Some(*cookie),
                 error: None,
             })
@@ -126,6 +129,13 @@ fn write(out: &mut String, status: &Status) -> std::fmt::Result {
         if objects.waiting > 0 {
             writeln!(out, "          {} backends wait for a service that is not known", objects.waiting)?;
         }
+    }
+    let let_go = status.pods.iter().filter(|pod| pod.attached && !pod.enrolled).count();
+    if let_go > 0 {
+        writeln!(
+            out,
+            "          {let_go} pods here are attached and not enrolled: only what was moved goes on being so"
+        )?;
     }
     for pod in status.pods.iter().filter(|pod| pod.error.is_some()) {
         writeln!(out, "          NOT ENROLLED: pod {}: {}", pod.name, pod.error.as_deref().unwrap_or_default())?;

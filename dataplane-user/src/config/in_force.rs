@@ -6,7 +6,9 @@ use std::{collections::BTreeMap, fmt, path::Path};
 
 use serde_json::Value;
 
-use super::{Config, LogFormat, MapSizes, Mark, MeshOptions, MetricsAddress, OnExit, Options, Place, Span, Switch, TcxUse};
+use super::{
+    Cluster, Config, LogFormat, MapSizes, Mark, MeshOptions, MetricsAddress, OnExit, Options, Place, Span, Switch, TcxUse,
+};
 use crate::kernel::{self, Sizes};
 
 /// Where an option was set.
@@ -55,6 +57,7 @@ impl Options {
                 sizes: Some(MapSizes(Sizes::default())),
                 ..Place::default()
             },
+            cluster: Cluster { cri_socket: Some(Default::default()), ..Cluster::default() },
             host: Some(false),
             layers: Some(Default::default()),
             syn_timeout: "200ms".parse::<Span>().ok(),
@@ -100,7 +103,7 @@ impl Config {
         let mut filled = self.given.clone().over(Options::defaults());
         filled.place.cgroup = Some(cgroup.to_owned());
         filled.metrics_address = Some(MetricsAddress(self.metrics));
-        filled.node_name = Some(self.kube.node.clone());
+        filled.cluster.node_name = Some(self.kube.node.clone());
         // It sets maps apart in tests and is no option for people.
         let shown = values(&filled).filter(|(key, value)| !(key == "layout-salt" && value.is_null()));
         shown

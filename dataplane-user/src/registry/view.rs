@@ -2,7 +2,7 @@
 
 use std::net::SocketAddr;
 
-use dataplane_ebpf::abi::{Endpoint, ServiceId};
+use dataplane_ebpf::abi::{Endpoint, POD_ENROLLED, ServiceId};
 use serde::Serialize;
 
 use super::{
@@ -218,6 +218,14 @@ impl Registry {
     /// The pods of this node, and the node itself when it is enrolled.
     pub fn local_pods(&self) -> impl Iterator<Item = PodId> {
         self.pods_by_id.keys().copied().chain(self.host.iter().map(|host| host.pod))
+    }
+
+    /// Are a pod's connections to be ours? One that no longer is stays local for those that it made before.
+    pub fn enrolls(&self, id: PodId) -> bool {
+        let pod = self.pods_by_id.get(&id).and_then(|&index| self.pods[index].local.as_ref());
+        let flags =
+            pod.map(|pod| pod.flags).or(self.host.as_ref().filter(|host| host.pod == id).map(|host| host.flags));
+        flags.is_some_and(|flags| flags & POD_ENROLLED != 0)
     }
 
     /// A pod's backends beyond the first `skip` of its chain, which the kernel reached itself.

@@ -14,7 +14,7 @@ use dataplane_ebpf::health::{Health, State};
 use dataplane_user::{
     model::Protocol,
     registry::address,
-    source::kube::{Settings, client},
+    source::kube::{Settings, client, cri},
 };
 use futures_util::{StreamExt, TryStreamExt, stream};
 use kube::Client;
@@ -39,7 +39,7 @@ const PORT: u16 = 8080;
 pub fn measure(_rig: &mut Rig, plan: &Plan) -> Result<Vec<Figure>> {
     let control = ControlPlane::api_only()?;
     let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build()?;
-    let settings = Settings { kubeconfig: Some(control.kubeconfig()), node: "node-1".into() };
+    let settings = Settings { kubeconfig: Some(control.kubeconfig()), node: "node-1".into(), cri: cri::Socket::Off };
     let api = runtime.block_on(async { client(&settings).await.map(Api) })?;
     let filling = Instant::now();
     runtime.block_on(fill(&api)).context("fill the API server")?;

@@ -50,6 +50,9 @@ impl Agent {
             [("--source", "kube".into()), ("--node-name", node.name.clone()), ("--kubeconfig", text(&kubeconfig))];
         all.extend(api.into_iter().flat_map(|(flag, value)| [flag.to_owned(), value]));
         all.extend(["--ready-file".into(), text(&ready)]);
+        if !args.contains(&"--cri-socket") {
+            all.extend(["--cri-socket".into(), text(&node.containerd_socket())]);
+        }
         all.extend(args.iter().map(|arg| (*arg).to_owned()));
         // What the suites lose without some or all of them.
         if let Ok(layers) = std::env::var("HITLESS_CLUSTER_LAYERS") {
@@ -66,6 +69,16 @@ impl Agent {
 
     /// `hitless … --output json`.
     pub fn admin(&self, command: &[&str]) -> Result<Value> {
+        serde_json::from_slice(&self.ask(command)?).context("hitless prints JSON")
+    }
+
+    /// The same of a command that prints a line for each.
+    pub fn rows(&self, command: &[&str]) -> Result<Vec<Value>> {
+        let rows = serde_json::Deserializer::from_slice(&self.ask(command)?).into_iter().collect::<Result<_, _>>();
+        rows.context("hitless prints lines of JSON")
+    }
+
+    fn ask(&self, command: &[&str]) -> Result<Vec<u8>> {
         let output = Command::new(crate::workload::agent_binary()?)
             .args(command)
             .args(["--output", "json"])
@@ -78,7 +91,7 @@ impl Agent {
             let log = if self.process.running() { String::new() } else { format!("it ended:\n{}", self.process.log()) };
             bail!("hitless {} failed: {printed}{errors}{log}", command.join(" "));
         }
-        serde_json::from_slice(&output.stdout).context("hitless prints JSON")
+        Ok(output.stdout)
     }
 
     /// The kernel's counters by name.
@@ -91,7 +104,7 @@ impl Agent {
         loop {
             let status = self.admin(&["status"])?;
             let row = status["pods"].as_array().into_iter().flatten().find(|row| row["name"] == pod);
-            if row.is_some_and(|row| row["enrolled"] == true) {
+            if row.is_some_and(|row| row["enrolled"] == true && row["attached"] == true) {
                 return Ok(());
             }
             if Instant::now() > deadline {

@@ -47,7 +47,10 @@ impl ApiAgent {
         let place: Vec<_> = place.into_iter().flat_map(|(flag, value)| [flag.to_owned(), value]).collect();
         let mut args = vec![text(agent_binary()?), "run".into()];
         args.extend(place.iter().cloned());
-        args.extend(["--source", "kube", "--node-name", "node-1", "--metrics-address", metrics].map(str::to_owned));
+        args.extend(
+            ["--source", "kube", "--node-name", "node-1", "--metrics-address", metrics, "--cri-socket", "off"]
+                .map(str::to_owned),
+        );
         args.extend(["--kubeconfig".to_owned(), text(site.file(&format!("{kubeconfig}.kubeconfig")))]);
         Ok(Self { process: site.start("hitless", &control.netns, args)?, place })
     }

@@ -83,7 +83,8 @@ pub fn wait_enrolled(node: &Node, pod: &str) -> Result<()> {
     loop {
         let status = admin(node, &["status"])?;
         let pods = status["pods"].as_array();
-        if pods.into_iter().flatten().any(|row| row["name"] == pod && row["enrolled"] == true) {
+        let served = |row: &Value| row["enrolled"] == true && row["attached"] == true;
+        if pods.into_iter().flatten().any(|row| row["name"] == pod && served(row)) {
             return Ok(());
         }
         if Instant::now() > deadline {

@@ -25,6 +25,7 @@ pub struct Image {
     texts: Vec<(String, String)>,
     dirs: Vec<String>,
     entrypoint: Vec<String>,
+    stop_signal: Option<String>,
 }
 
 impl Image {
@@ -35,6 +36,7 @@ impl Image {
             texts: Vec::new(),
             dirs: vec!["tmp".into()],
             entrypoint: entrypoint.iter().map(|word| (*word).to_owned()).collect(),
+            stop_signal: None,
         }
     }
 
@@ -50,6 +52,17 @@ impl Image {
 
     pub fn dir(mut self, dir: &str) -> Self {
         self.dirs.push(dir.into());
+        self
+    }
+
+    pub fn named(mut self, name: &str) -> Self {
+        self.name = name.into();
+        self
+    }
+
+    /// Another than TERM.
+    pub fn stopped_by(mut self, signal: &str) -> Self {
+        self.stop_signal = Some(signal.into());
         self
     }
 
@@ -93,7 +106,7 @@ impl Image {
         let arch = if cfg!(target_arch = "aarch64") { "arm64" } else { "amd64" };
         let config = json!({
             "architecture": arch, "os": "linux",
-            "config": {"Entrypoint": self.entrypoint, "Env": ["PATH=/bin:/usr/sbin"]},
+            "config": {"Entrypoint": self.entrypoint, "Env": ["PATH=/bin:/usr/sbin"], "StopSignal": self.stop_signal},
             "rootfs": {"type": "layers", "diff_ids": [format!("sha256:{digest}")]},
         });
         fs::write(layout.join("config.json"), config.to_string())?;

@@ -147,9 +147,13 @@ impl Node {
         command
     }
 
+    pub fn containerd_socket(&self) -> PathBuf {
+        self.dir.join("containerd.sock")
+    }
+
     /// `ctr` of the kubelet's namespace.
     pub fn ctr(&self, args: &[&str]) -> Result<String> {
-        let socket = self.dir.join("containerd.sock");
+        let socket = self.containerd_socket();
         parts::output(self.command("ctr").arg("--address").arg(socket).args(["--namespace", "k8s.io"]).args(args))
     }
 

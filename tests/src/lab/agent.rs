@@ -121,11 +121,12 @@ impl Agent {
             let status = self.status()?;
             let pods = status.get("pods").and_then(Value::as_array).context("no pods in hitless status")?;
             let row = pods.iter().find(|row| row["name"] == pod);
-            if row.is_some_and(|row| row["enrolled"] == true) {
+            // Not `enrolled`: a pod may be attached for other reasons.
+            if row.is_some_and(|row| row["attached"] == true) {
                 return Ok(());
             }
             if Instant::now() > deadline {
-                bail!("pod {pod} was not enrolled within 20 s: {row:?}\n{}", self.process.log());
+                bail!("pod {pod} was not attached within 20 s: {row:?}\n{}", self.process.log());
             }
             std::thread::sleep(Duration::from_millis(5));
         }

@@ -3,8 +3,10 @@
 //! Pods of this node are a watch of their own beside that of all others: a short one, whose words do not queue behind
 //! the cluster's. Everything runs on the agent's thread, from the socket to the map.
 
+pub mod cri;
 pub mod find;
 pub mod object;
+pub mod reach;
 pub mod watch;
 pub mod world;
 
@@ -35,6 +37,8 @@ use crate::{agent::core::Shared, kernel::monotonic_ns, model::Event};
 
 /// How soon a pod that was not found is looked for again, doubling between these.
 const FIND_AGAIN: [Duration; 2] = [Duration::from_millis(25), Duration::from_secs(2)];
+/// How soon a container runtime that did not answer is asked again, doubling between these.
+const ASK_AGAIN: [Duration; 2] = [Duration::from_secs(1), Duration::from_secs(60)];
 /// How often it is seen to that the processes by which pods were found still live.
 const LOOK: Duration = Duration::from_secs(1);
 
@@ -45,20 +49,26 @@ pub struct Settings {
     pub kubeconfig: Option<PathBuf>,
     /// This node's name in the API.
     pub node: String,
+    /// Where the node's container runtime is asked.
+    pub cri: cri::Socket,
 }
 
 /// Reads the credentials; nothing is asked yet.
 pub async fn client(settings: &Settings) -> anyhow::Result<Client> {
-    let config = match &settings.kubeconfig {
-        Some(path) => from_file(path).await?,
-        None => Config::infer().await.context(
-            "no way to the Kubernetes API: neither a pod's service account nor a kubeconfig was found; give --kubeconfig",
-        )?,
-    };
+    let config = configuration(settings).await?;
     let url = config.cluster_url.clone();
     let client = Client::try_from(config).with_context(|| format!("no client for the API server {url}"))?;
     info!(%url, node = settings.node, "following the Kubernetes API");
     Ok(client)
+}
+
+async fn configuration(settings: &Settings) -> anyhow::Result<Config> {
+    match &settings.kubeconfig {
+        Some(path) => from_file(path).await,
+        None => Config::infer().await.context(
+            "no way to the Kubernetes API: neither a pod's service account nor a kubeconfig was found; give --kubeconfig",
+        ),
+    }
 }
 
 async fn from_file(path: &Path) -> anyhow::Result<Config> {
@@ -80,6 +90,7 @@ pub async fn serve(client: Client, settings: Settings, core: Shared) -> io::Resu
         listed: RefCell::default(),
         live: Cell::new(false),
         pods_changed: Notify::new(),
+        images_changed: Notify::new(),
         settings,
     });
 
@@ -101,7 +112,7 @@ pub async fn serve(client: Client, settings: Settings, core: Shared) -> io::Resu
     let heard = source.clone();
     tasks.spawn_local(follow::<Namespace>(client.clone(), String::new(), move |word, at| {
         heard.hear("namespaces", word, at, World::namespace, World::namespace_gone, World::retain_namespaces);
-        heard.pods_changed.notify_one();
+        heard.look_again();
     }));
     let heard = source.clone();
     tasks.spawn_local(follow::<Node>(client, this_node, move |word, at| {
@@ -109,6 +120,9 @@ pub async fn serve(client: Client, settings: Settings, core: Shared) -> io::Resu
     }));
     let finder = source.clone();
     tasks.spawn_local(async move { finder.find_pods().await });
+    if source.settings.cri != cri::Socket::Off {
+        tasks.spawn_local(async move { source.ask_runtime().await });
+    }
     tasks.join_all().await;
     Ok(())
 }
@@ -133,6 +147,7 @@ struct Source {
     /// The first whole state was told.
     live: Cell<bool>,
     pods_changed: Notify,
+    images_changed: Notify,
     settings: Settings,
 }
 
@@ -144,8 +159,14 @@ impl Source {
         let retain = |world: &mut World, named: &HashSet<Name>| world.retain_pods(named, scope);
         self.hear(collection, word, at_ns, take, gone, retain);
         if scope == Scope::ThisNode {
-            self.pods_changed.notify_one();
+            self.look_again();
         }
+    }
+
+    /// Pods of this node are others now, or are others' business.
+    fn look_again(&self) {
+        self.pods_changed.notify_one();
+        self.images_changed.notify_one();
     }
 
     /// One word of a collection, to the world and what follows from it on to the kernel.
@@ -189,7 +210,7 @@ impl Source {
                     }
                     self.listed.borrow_mut().insert(collection);
                     // The pods of this node are to be known by their networks before the first state is told.
-                    self.pods_changed.notify_one();
+                    self.look_again();
                 }
                 Word::Confirmed => {}
                 Word::Failed(failure) => {
@@ -289,6 +310,47 @@ impl Source {
         }
         self.pass_on(Vec::new(), monotonic_ns());
         true
+    }
+
+    /// Asks the container runtime of images that nobody has spoken of yet.
+    async fn ask_runtime(&self) {
+        let [first, longest] = ASK_AGAIN;
+        let mut again = first;
+        let mut told = String::new();
+        loop {
+            let mut images = self.world.borrow().unasked();
+            if images.is_empty() {
+                self.images_changed.notified().await;
+                continue;
+            }
+            images.truncate(cri::AT_ONCE);
+            let socket = self.settings.cri.clone();
+            match tokio::task::spawn_blocking(move || cri::stop_signals(&socket, &images)).await {
+                Ok(Ok(answers)) => {
+                    for (image, signal) in answers {
+                        debug!(%image, signal, "image");
+                        self.world.borrow_mut().image(&image, signal);
+                    }
+                    self.pass_on(Vec::new(), monotonic_ns());
+                    (again, told) = (first, String::new());
+                    continue;
+                }
+                Ok(Err(error)) => {
+                    let said = error.to_string();
+                    if said != told {
+                        warn!(
+                            error = said,
+                            "no STOPSIGNAL of images is known: where one is not TERM, annotate the pod with \
+                             hitless.io/stop-signals, or name the runtime's socket with --cri-socket"
+                        );
+                        told = said;
+                    }
+                }
+                Err(error) => warn!(%error, "asking the container runtime"),
+            }
+            tokio::time::sleep(again).await;
+            again = (again * 2).min(longest);
+        }
     }
 
     /// Tells the first whole state.

@@ -54,7 +54,7 @@ pub struct Annotations {
     /// `"true"`: the pod picks pod addresses itself.
     #[serde(rename = "hitless.io/gateway")]
     pub gateway: Option<String>,
-    /// Names or numbers, joined by commas: what its images call STOPSIGNAL.
+    /// Names or numbers, joined by commas: instead of what its images call STOPSIGNAL.
     #[serde(rename = "hitless.io/stop-signals")]
     pub stop_signals: Option<String>,
     /// Of a static pod's mirror: the uid that the kubelet knows it by.
@@ -119,6 +119,7 @@ pub struct PodSpec {
 #[derive(Clone, Debug, Default, Deserialize)]
 #[serde(default)]
 pub struct Container {
+    pub name: String,
     #[serde(deserialize_with = "or_default")]
     pub lifecycle: Lifecycle,
 }
@@ -136,6 +137,19 @@ pub struct PodStatus {
     pub phase: Option<String>,
     #[serde(rename = "podIPs", deserialize_with = "or_default")]
     pub pod_ips: Vec<PodIp>,
+    #[serde(deserialize_with = "or_default")]
+    pub container_statuses: Vec<ContainerStatus>,
+}
+
+#[derive(Clone, Debug, Default, Deserialize)]
+#[serde(default, rename_all = "camelCase")]
+pub struct ContainerStatus {
+    pub name: String,
+    /// As the container runtime knows it; empty until it runs.
+    #[serde(rename = "imageID")]
+    pub image_id: String,
+    /// The one in force, whoever named it (KEP-4960).
+    pub stop_signal: Option<String>,
 }
 
 #[derive(Clone, Debug, Default, Deserialize)]

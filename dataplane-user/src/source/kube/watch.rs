@@ -298,7 +298,7 @@ fn retry_after(error: &Error) -> Option<Duration> {
     (seconds > 0).then(|| Duration::from_secs(u64::from(seconds).min(60)))
 }
 
-fn explain<T: Object>(error: &Error) -> Failure {
+pub(super) fn explain<T: Object>(error: &Error) -> Failure {
     let kind = T::KIND;
     let reason = match error {
         Error::Api(status) => match status.code {
@@ -316,6 +316,10 @@ fn explain<T: Object>(error: &Error) -> Failure {
 }
 
 /// An error with what is behind it, each part said once.
+pub(super) fn causes(error: &Error) -> String {
+    Causes(error).to_string()
+}
+
 struct Causes<'a>(&'a dyn std::error::Error);
 
 impl fmt::Display for Causes<'_> {

@@ -57,6 +57,8 @@ pub struct World {
     pods: HashMap<Name, Known>,
     /// Pods of this node.
     local: BTreeSet<Name>,
+    /// The STOPSIGNAL of images that pods of this node run, where it has one; as they are asked for.
+    images: HashMap<Name, Option<String>>,
     taken: Taken,
 }
 
@@ -72,6 +74,7 @@ impl World {
             slices: HashMap::new(),
             pods: HashMap::new(),
             local: BTreeSet::new(),
+            images: HashMap::new(),
             taken: Taken::default(),
         }
     }

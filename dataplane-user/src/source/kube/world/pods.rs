@@ -1,6 +1,6 @@
 //! Pods: which end, which run here, and which of those are enrolled.
 
-use std::net::IpAddr;
+use std::{collections::HashSet, net::IpAddr};
 
 use super::{AMBIENT, NONE, Name, Scope, World, slices::Uid};
 use crate::{
@@ -38,13 +38,24 @@ pub(super) struct Here {
     gateway: Option<String>,
     declared_gateway: bool,
     addresses: Vec<IpAddr>,
-    stop_signals: Vec<String>,
+    stops: Vec<Stop>,
     /// Nothing of it runs any more.
     over: bool,
     process: Option<Process>,
     /// It was told as enrolled: connections that were moved meanwhile go on being translated.
     was_enrolled: bool,
 }
+
+/// By which signal a container is stopped.
+#[derive(Clone, Debug, PartialEq)]
+enum Stop {
+    By(String),
+    /// As its image says.
+    As(Name),
+}
+
+/// What the runtime sends when nothing says otherwise.
+const TERM: &str = "TERM";
 
 impl Known {
     pub(super) fn in_scope(&self, scope: Scope) -> bool {
@@ -112,6 +123,44 @@ impl World {
         unfound.collect()
     }
 
+    /// Images of enrolled pods of which it is not known yet how their containers are stopped.
+    pub fn unasked(&self) -> Vec<Name> {
+        let mut unasked: Vec<_> = self.images_in_use().filter(|image| !self.images.contains_key(image)).collect();
+        unasked.sort_unstable();
+        unasked.dedup();
+        unasked
+    }
+
+    /// The STOPSIGNAL of an image, if it has one.
+    pub fn image(&mut self, image: &Name, signal: Option<String>) {
+        let known = signal.filter(|signal| match stop_signals(std::slice::from_ref(signal)) {
+            Ok(_) => true,
+            Err(reason) => {
+                self.problem("image", image, format!("{reason}; {TERM} is taken for it"));
+                false
+            }
+        });
+        let running =
+            |name: &&Name| self.here_of(name).is_some_and(|here| here.stops.contains(&Stop::As(image.clone())));
+        let pods = self.local.iter().filter(running);
+        let before: Vec<_> = pods.map(|pod| (pod.clone(), self.told(pod))).collect();
+        let in_use: HashSet<_> = self.images_in_use().collect();
+        self.images.retain(|image, _| in_use.contains(image));
+        self.images.insert(image.clone(), known);
+        for (pod, told) in before {
+            self.tell_pod(&pod, told);
+        }
+    }
+
+    fn images_in_use(&self) -> impl Iterator<Item = Name> + '_ {
+        let local = self.local.iter().filter_map(|name| Some((name, self.here_of(name)?)));
+        let enrolled = local.filter(|(name, here)| !here.over && self.enrolled(name, here));
+        enrolled.flat_map(|(_, here)| &here.stops).filter_map(|stop| match stop {
+            Stop::As(image) => Some(image.clone()),
+            Stop::By(_) => None,
+        })
+    }
+
     /// The pods of this node that were found, by which process.
     pub fn processes(&self) -> Vec<(Name, String, Process)> {
         let found = self.local.iter().filter_map(|name| {
@@ -169,7 +218,7 @@ impl World {
             enrolled,
             gateway: here.declared_gateway,
             labels: label.into_iter().collect(),
-            stop_signals: here.stop_signals.clone(),
+            stop_signals: self.stop_signals(here),
             ..elsewhere(name, pod.ends)
         })
     }
@@ -199,34 +248,63 @@ impl World {
             gateway: meta.labels.gateway.clone(),
             declared_gateway: meta.annotations.gateway.as_deref() == Some("true"),
             addresses: addresses.collect(),
-            stop_signals: self.stop_signals(object, &name),
+            stops: self.stops(object, &name),
             over,
             process,
             was_enrolled,
         }
     }
 
-    /// Those of its containers, and what is annotated. A container that names none is stopped by TERM.
-    fn stop_signals(&mut self, object: &object::Pod, name: &str) -> Vec<String> {
-        let named = object.spec.containers.iter().map(|container| container.lifecycle.stop_signal.as_deref());
-        let mut signals: Vec<String> = named.map(|signal| signal.unwrap_or("TERM").into()).collect();
-        if let Some(annotated) = &object.metadata.annotations.stop_signals {
-            signals.extend(annotated.split(',').map(|signal| signal.trim().into()));
-        }
+    /// Of its containers, and what is annotated. What is annotated is said instead of the images.
+    fn stops(&mut self, object: &object::Pod, name: &str) -> Vec<Stop> {
+        let annotated = object.metadata.annotations.stop_signals.as_deref();
+        let of_container = |container: &object::Container| {
+            let status = object.status.container_statuses.iter().find(|status| status.name == container.name);
+            let named = container.lifecycle.stop_signal.as_deref();
+            if let Some(signal) = named.or_else(|| status?.stop_signal.as_deref()) {
+                return Stop::By(signal.into());
+            }
+            match status {
+                Some(status) if annotated.is_none() && !status.image_id.is_empty() => {
+                    Stop::As(self.image_named(&status.image_id))
+                }
+                _ => Stop::By(TERM.into()),
+            }
+        };
+        let mut stops: Vec<_> = object.spec.containers.iter().map(of_container).collect();
+        stops.extend(annotated.into_iter().flat_map(|all| all.split(',')).map(|signal| Stop::By(signal.trim().into())));
+        stops.retain(|stop| match stop {
+            Stop::As(_) => true,
+            Stop::By(signal) => match stop_signals(std::slice::from_ref(signal)) {
+                Ok(_) => true,
+                Err(reason) => {
+                    self.problem("pod", name, format!("{reason}; it is enrolled without"));
+                    false
+                }
+            },
+        });
+        stops
+    }
+
+    /// As far as it is known. A container of which nobody says otherwise is stopped by TERM.
+    fn stop_signals(&self, here: &Here) -> Vec<String> {
+        let signals = here.stops.iter().map(|stop| match stop {
+            Stop::By(signal) => signal.as_str(),
+            Stop::As(image) => self.images.get(image).and_then(Option::as_deref).unwrap_or(TERM),
+        });
+        let mut signals: Vec<String> = signals.map(str::to_owned).collect();
         signals.sort_unstable();
         signals.dedup();
-        signals.retain(|signal| match stop_signals(std::slice::from_ref(signal)) {
-            Ok(_) => true,
-            Err(reason) => {
-                self.problem("pod", name, format!("{reason}; it is enrolled without"));
-                false
-            }
-        });
-        if signals == ["TERM"] {
+        if signals == [TERM] {
             // The default.
             signals.clear();
         }
         signals
+    }
+
+    /// The one copy of an image's name.
+    fn image_named(&self, image: &str) -> Name {
+        self.images.get_key_value(image).map_or_else(|| image.into(), |(known, _)| known.clone())
     }
 
     /// The one copy of a pod's name.

@@ -457,6 +457,54 @@ fn a_pod_keeps_what_it_is_stopped_by_and_a_wrong_signal_costs_only_itself() {
 }
 
 #[test]
+fn a_container_is_stopped_as_its_image_says_where_nobody_says_otherwise() {
+    let mut world = World::new(NODE);
+    let mut object = pod("a", 1, true, "", "");
+    object.spec.containers =
+        serde_json::from_str(r#"[{"name":"x"},{"name":"y","lifecycle":{"stopSignal":"SIGUSR1"}},{"name":"z"}]"#)
+            .unwrap();
+    object.status.container_statuses = serde_json::from_str(
+        r#"[{"name":"x","imageID":"sha256:1"},{"name":"y","imageID":"sha256:2"},{"name":"z","imageID":""}]"#,
+    )
+    .unwrap();
+    let image: Name = "sha256:1".into();
+    world.pod(&object, Scope::ThisNode);
+    world.found(&"shop/a".into(), &format!("{:032x}", 1), Some(Process { pid: 9, started: 1 }));
+    assert!(world.unasked().is_empty(), "the pod is not enrolled");
+    world.namespace(&namespace(true));
+    assert_eq!(world.unasked(), std::slice::from_ref(&image));
+    let signals = |world: &World| world.snapshot().pods.pop().unwrap().stop_signals;
+    assert_eq!(signals(&world), ["SIGUSR1", "TERM"]);
+    world.take();
+    world.image(&image, Some("SIGQUIT".into()));
+    let told = world.take().events;
+    assert!(matches!(&told[..], [Event::Upsert { object: Object::Pod(_) }]), "{told:?}");
+    assert_eq!(signals(&world), ["SIGQUIT", "SIGUSR1", "TERM"]);
+    assert!(world.unasked().is_empty());
+    // The API's own word on what is in force, then the annotation: the image is not asked for.
+    object.status.container_statuses[0].stop_signal = Some("SIGINT".into());
+    world.pod(&object, Scope::ThisNode);
+    assert_eq!(signals(&world), ["SIGINT", "SIGUSR1", "TERM"]);
+    object.status.container_statuses[0] =
+        object::ContainerStatus { name: "x".into(), image_id: "sha256:3".into(), stop_signal: None };
+    object.metadata.annotations.stop_signals = Some("HUP".into());
+    world.pod(&object, Scope::ThisNode);
+    assert_eq!(signals(&world), ["HUP", "SIGUSR1", "TERM"]);
+    assert!(world.unasked().is_empty());
+    // What an image says may be anything.
+    object.metadata.annotations.stop_signals = None;
+    world.pod(&object, Scope::ThisNode);
+    world.take();
+    world.image(&"sha256:3".into(), Some("$(reboot)".into()));
+    assert_eq!(signals(&world), ["SIGUSR1", "TERM"]);
+    let problems = world.take().problems;
+    assert!(
+        problems[0].to_string().starts_with("image sha256:3: stop signal \"$(reboot)\" is unknown"),
+        "{problems:?}"
+    );
+}
+
+#[test]
 fn services_are_reached_at_every_address_that_the_api_gives_them() {
     let mut world = World::new(NODE);
     world.own(&node("a"));
