@@ -13,8 +13,8 @@ use super::{Cluster, image::FORTIO};
 /// How much to ask for.
 #[derive(Clone, Copy, Debug)]
 pub enum Amount {
-    /// Requests a second, for so long, by so many clients
-    Rate { qps: u32, time: Duration, clients: u32 },
+    /// Requests a second, by so many clients
+    Rate { qps: u32, clients: u32 },
     /// gRPC over so many connections that stay; on each a call is always under way, which fails when it is cut
     Streams(u32),
 }
@@ -62,20 +62,17 @@ impl Load {
     pub fn start(cluster: &Cluster, namespace: &str, spec: LoadSpec) -> Result<Self> {
         let LoadSpec { name, url, amount, node } = &spec;
         let amount = match amount {
-            Amount::Rate { qps, time, clients } => {
-                format!(
-                    "-keepalive=false, -uniform, \"-qps={qps}\", \"-t={}s\", \"-c={clients}\", -timeout=3s",
-                    time.as_secs()
-                )
+            Amount::Rate { qps, clients } => {
+                format!("-keepalive=false, -uniform, \"-qps={qps}\", \"-c={clients}\", -timeout=3s")
             }
-            Amount::Streams(count) => format!("-grpc, -ping, -grpc-ping-delay=300ms, -qps=0, -t=0, \"-c={count}\""),
+            Amount::Streams(count) => format!("-grpc, -ping, -grpc-ping-delay=300ms, -qps=0, \"-c={count}\""),
         };
         let labels = "app: load";
         cluster.apply(&format!(
             "apiVersion: v1\nkind: Pod\nmetadata: {{name: {name}, namespace: {namespace}, labels: {{{labels}}}}}\n\
              spec:\n  nodeName: node-{node}\n  restartPolicy: Never\n  terminationGracePeriodSeconds: 1\n  containers:\n\
              \x20 - name: fortio\n    image: {FORTIO}\n    imagePullPolicy: Never\n\
-             \x20   args: [load, -quiet, -allow-initial-errors, -abort-on=-2, {amount}, -nocatchup, -json=-, \"{url}\"]\n"
+             \x20   args: [load, -quiet, -t=0, -allow-initial-errors, -abort-on=-2, {amount}, -nocatchup, -json=-, \"{url}\"]\n"
         ))?;
         let pod = format!("pod/{name}");
         let running = |args: &[&str]| cluster.kubectl(&[&["-n", namespace], args].concat());
@@ -89,21 +86,11 @@ impl Load {
         self.started.elapsed()
     }
 
-    /// Ends it now: a trouble takes as long as it takes, and the load outlasts it.
+    /// Ends it: a trouble takes as long as it takes, and the load outlasts it.
     pub fn stop(self, cluster: &Cluster) -> Result<Outcome> {
-        cluster.node(self.spec.node).kill(&self.container, "SIGINT")?;
-        self.finish_by(cluster, Instant::now() + Duration::from_secs(30))
-    }
-
-    /// Waits until its time is over.
-    pub fn finish(self, cluster: &Cluster) -> Result<Outcome> {
-        let Amount::Rate { time, .. } = self.spec.amount else { bail!("streams end when they are stopped") };
-        let deadline = self.started + time + Duration::from_secs(30);
-        self.finish_by(cluster, deadline)
-    }
-
-    fn finish_by(self, cluster: &Cluster, deadline: Instant) -> Result<Outcome> {
         let node = cluster.node(self.spec.node);
+        node.kill(&self.container, "SIGINT")?;
+        let deadline = Instant::now() + Duration::from_secs(30);
         loop {
             let log = node.container_log(&self.spec.name).unwrap_or_default();
             if let Some(report) = report(&log) {

@@ -57,7 +57,7 @@ impl Node {
         let dir = site.file(&name);
         let parent = cleanup::LabId::cgroup(&site.id)?;
         let cgroup = parent.join(&name);
-        make_cgroups(&site, &name)?;
+        make_cgroups(&site, &name, spec.nodes)?;
         configure(&site, &dir, &name, index, spec.cni)?;
         let holder = hold(&site, &netns, &name, &dir)?;
         let containerd = inside(
@@ -262,7 +262,7 @@ fn inside(site: &Site, holder: &Process, netns: &Netns, name: &str, args: Vec<St
 }
 
 /// A kubelet wants its root group in every hierarchy.
-fn make_cgroups(site: &Site, name: &str) -> Result<()> {
+fn make_cgroups(site: &Site, name: &str, nodes: usize) -> Result<()> {
     let root = cleanup::cgroup2_root()?;
     let below = site.cgroup.strip_prefix(&root)?;
     for hierarchy in cleanup::hierarchies() {
@@ -274,6 +274,8 @@ fn make_cgroups(site: &Site, name: &str) -> Result<()> {
             }
             dir.push(part);
         }
+        share(&hierarchy.join(below), "cpu.shares", 1024 * nodes)?;
+        share(&hierarchy.join(below).join(name), "cpu.shares", 1024)?;
     }
     let dir = site.cgroup.join(name);
     fs::create_dir_all(&dir)?;
@@ -282,6 +284,19 @@ fn make_cgroups(site: &Site, name: &str) -> Result<()> {
             // Version 1 may own it.
             let _ = fs::write(dir.join("cgroup.subtree_control"), format!("+{controller}"));
         }
+    }
+    share(&site.cgroup, "cpu.weight", 100 * nodes)?;
+    share(&dir, "cpu.weight", 100)?;
+    Ok(())
+}
+
+/// A node's pods have as much of the CPU as on a machine of their own, by the rule of its kubelet, which does not know
+/// that there is a group above: all pods together would have what a single process of the machine has.
+fn share(cgroup: &Path, file: &str, of_a_cpu: usize) -> Result<()> {
+    let (file, cpus) = (cgroup.join(file), std::thread::available_parallelism()?.get());
+    // In one hierarchy of version 1, or in version 2 where it owns the controller.
+    if file.exists() {
+        fs::write(&file, (cpus * of_a_cpu).to_string()).with_context(|| format!("write {}", file.display()))?;
     }
     Ok(())
 }

@@ -20,8 +20,6 @@ use super::{
     scene::{NAMESPACE, PATH, Scene, WEB},
 };
 
-/// Longer than anything that happens under it: such a load is stopped.
-const NEVER: Duration = Duration::from_secs(3600);
 const PATIENCE: Duration = Duration::from_secs(60);
 /// How connects fail, as the application sees it.
 const FAILURES: [&str; 4] = ["connects_refused", "connects_timed_out", "connects_unreachable", "connects_no_backend"];
@@ -112,7 +110,7 @@ impl Scene {
     ) -> Result<Suffered> {
         static LOADS: AtomicU32 = AtomicU32::new(1);
         let name = format!("load-{}", LOADS.fetch_add(1, Ordering::Relaxed));
-        let load = self.load(&name, &format!("http://{}{path}", self.vip), qps, NEVER)?;
+        let load = self.load(&name, &format!("http://{}{path}", self.vip), qps)?;
         let before = self.counters()?;
         std::thread::sleep(Duration::from_secs(1));
         let started = Instant::now();
