@@ -308,7 +308,9 @@ fn streams_of_surviving_pods_are_not_cut() -> Result<()> {
         let service = scene.get(&["service", STREAMS])?;
         let address = service["spec"]["clusterIP"].as_str().context("a service without an address")?;
         let load = scene.ask("streaming", &format!("{address}:{GRPC}"), Amount::Streams(COUNT as u32))?;
-        let client = scene.get(&["pod", "streaming"])?["status"]["podIP"].as_str().context("an address")?.parse()?;
+        let client = wait_for("the client's address", || {
+            Ok(scene.get(&["pod", "streaming"])?["status"]["podIP"].as_str().and_then(|address| address.parse().ok()))
+        })?;
         let servers = scene.servers_of(STREAMS)?;
         let mut streams = wait_for("the streams", || {
             let counts = servers.iter().map(|server| Ok((scene.connections(server, GRPC, client)?, server)));

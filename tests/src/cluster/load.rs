@@ -5,10 +5,13 @@ use std::{
     time::{Duration, Instant},
 };
 
-use anyhow::{Context, Result, bail};
+use anyhow::{Result, bail};
 use serde::Deserialize;
 
-use super::{Cluster, image::FORTIO};
+use super::{Cluster, image::FORTIO, node::PAUSE, trouble::wait_for};
+
+/// The container that goes before the one that asks.
+const GATE: &str = "gate";
 
 /// How much to ask for.
 #[derive(Clone, Copy, Debug)]
@@ -58,8 +61,14 @@ pub struct Outcome {
 }
 
 impl Load {
-    /// Starts asking; every request makes a connection of its own.
-    pub fn start(cluster: &Cluster, namespace: &str, spec: LoadSpec) -> Result<Self> {
+    /// Starts asking once its pod is `ready` for that, which is another's word: its first connects would else find
+    /// whatever serves pods that hitless does not know yet. Every request makes a connection of its own.
+    pub fn start(
+        cluster: &Cluster,
+        namespace: &str,
+        spec: LoadSpec,
+        ready: impl FnOnce() -> Result<()>,
+    ) -> Result<Self> {
         let LoadSpec { name, url, amount, node } = &spec;
         let amount = match amount {
             Amount::Rate { qps, clients } => {
@@ -70,15 +79,19 @@ impl Load {
         let labels = "app: load";
         cluster.apply(&format!(
             "apiVersion: v1\nkind: Pod\nmetadata: {{name: {name}, namespace: {namespace}, labels: {{{labels}}}}}\n\
-             spec:\n  nodeName: node-{node}\n  restartPolicy: Never\n  terminationGracePeriodSeconds: 1\n  containers:\n\
+             spec:\n  nodeName: node-{node}\n  restartPolicy: Never\n  terminationGracePeriodSeconds: 1\n\
+             \x20 initContainers: [{{name: {GATE}, image: {PAUSE}, imagePullPolicy: Never}}]\n  containers:\n\
              \x20 - name: fortio\n    image: {FORTIO}\n    imagePullPolicy: Never\n\
              \x20   args: [load, -quiet, -t=0, -allow-initial-errors, -abort-on=-2, {amount}, -nocatchup, -json=-, \"{url}\"]\n"
         ))?;
-        let pod = format!("pod/{name}");
-        let running = |args: &[&str]| cluster.kubectl(&[&["-n", namespace], args].concat());
-        running(&["wait", "--for=jsonpath={.status.phase}=Running", &pod, "--timeout=30s"])
-            .context("the load does not start")?;
-        let container = running(&["get", &pod, "-o", "jsonpath={.status.containerStatuses[0].containerID}"])?;
+        let node = cluster.node(*node);
+        let gate = wait_for("the load's pod", || Ok(node.container(name, GATE).ok()))?;
+        ready()?;
+        let container = wait_for("the load's start", || {
+            // Its first moments hear no signal.
+            let _ = node.kill(&gate, "SIGTERM");
+            Ok(node.container(name, "fortio").ok())
+        })?;
         Ok(Self { spec, container, started: Instant::now() })
     }
 

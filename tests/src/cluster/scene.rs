@@ -109,10 +109,8 @@ impl Scene {
 
     /// From a pod of the first node, in any amount.
     pub fn ask(&self, name: &str, url: &str, amount: Amount) -> Result<Load> {
-        let load =
-            Load::start(&self.cluster, NAMESPACE, LoadSpec { name: name.into(), url: url.into(), amount, node: 1 })?;
-        self.wait_enrolled(name)?;
-        Ok(load)
+        let spec = LoadSpec { name: name.into(), url: url.into(), amount, node: 1 };
+        Load::start(&self.cluster, NAMESPACE, spec, || self.wait_enrolled(name))
     }
 
     /// By the service's address.
