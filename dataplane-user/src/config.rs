@@ -31,7 +31,7 @@ macro_rules! prefer {
 pub mod in_force;
 pub mod mesh;
 
-pub use mesh::{IdentitySource, MeshOptions, MeshSettings};
+pub use mesh::{MeshOptions, MeshSettings};
 
 /// Everything that can be set. Unset fields take what the next source says.
 #[derive(Args, Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -389,7 +389,7 @@ macro_rules! by_text {
     )*};
 }
 
-by_text!(Source, Layers, Span, Mark, MetricsAddress, IdentitySource);
+by_text!(Source, Layers, Span, Mark, MetricsAddress);
 
 /// Where metrics are served by default with the kube source.
 const CLUSTER_METRICS: std::net::SocketAddr =

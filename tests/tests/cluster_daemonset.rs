@@ -1,7 +1,5 @@
 //! The DaemonSet of deploy/, installed on a real cluster, restarted, killed and upgraded under load.
 
-use std::time::Duration;
-
 use anyhow::Result;
 use hitless_tests::cluster::{
     Spec, daemonset,
@@ -25,8 +23,7 @@ fn the_daemonset_of_deploy_fails_no_connect_whatever_becomes_of_its_agents() -> 
         );
     }
 
-    let time = Duration::from_secs(80);
-    let load = scene.load("load", &scene.url(), QPS, time)?;
+    let load = scene.load("load", &scene.url(), QPS)?;
     daemonset::wait_enrolled(cluster.node(1), &format!("{NAMESPACE}/load"))?;
     scene.roll(1)?;
     // A new version of the agent, then one that keeps its maps in another layout, each in the middle of a rollout.
@@ -42,9 +39,8 @@ fn the_daemonset_of_deploy_fails_no_connect_whatever_becomes_of_its_agents() -> 
     scene.roll(1)?;
     daemonset::wait(cluster)?;
     let took = load.elapsed();
-    let outcome = load.finish(cluster)?;
+    let outcome = load.stop(cluster)?;
     eprintln!("four rollouts, three changes of agents in {took:.1?}: {outcome:?}");
-    assert!(took < time, "the load ended before the last rollout did: {took:?}");
     // At most one in the hands of each server that was told to stop, and no connect: fortio says which it was.
     let log = daemonset::log(cluster, cluster.node(1))?;
     assert!(outcome.failed <= 4 * REPLICAS as u64, "{outcome:?}\n{log}");

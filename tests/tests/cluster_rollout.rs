@@ -1,22 +1,22 @@
 //! `kubectl rollout restart` on a real Kubernetes, under load that fortio makes and counts.
 
-use std::{collections::BTreeMap, time::Duration};
+use std::collections::BTreeMap;
 
 use anyhow::Result;
 use hitless_tests::cluster::{
-    Spec,
+    Cni, KubeProxy, Spec,
     gateway::Gateway,
     image,
     load::Outcome,
+    long,
     scene::{NAMESPACE, PATH, Scene, Server},
 };
 
 const REPLICAS: usize = 3;
 
-/// How often to roll, and how long the load lasts then: a few in CI, five where there is time.
-fn rollouts() -> (usize, Duration) {
-    let times = if std::env::var_os("HITLESS_CLUSTER_LONG").is_some() { 5 } else { 2 };
-    (times, Duration::from_secs(10 + 6 * times as u64))
+/// How often to roll.
+fn rollouts() -> usize {
+    if long() { 5 } else { 2 }
 }
 
 /// What hitless is for: kube-proxy and a gateway with endpoints of its own lose requests.
@@ -25,9 +25,9 @@ fn a_rollout_without_hitless_loses_requests() -> Result<()> {
     let scene = Scene::new(&Spec::default(), REPLICAS, Server::Nginx)?;
     scene.cluster.load(&image::envoy()?)?;
     let gateway = Gateway::start(&scene.cluster, NAMESPACE, "web", 1)?;
-    let (times, time) = rollouts();
-    let direct = scene.roll_under_load("classic-direct", &scene.url(), 1000, times, time)?;
-    let through = scene.roll_under_load("classic-gateway", &gateway.url(PATH), 1000, times, time)?;
+    let times = rollouts();
+    let direct = scene.roll_under_load("classic-direct", &scene.url(), 1000, times)?;
+    let through = scene.roll_under_load("classic-gateway", &gateway.url(PATH), 1000, times)?;
     assert!(direct.requests > 1000 && through.requests > 1000, "hardly any load: {direct:?} {through:?}");
     assert!(direct.failed > 0 && through.failed > 0, "nothing was lost without hitless: {direct:?} {through:?}");
     Ok(())
@@ -41,14 +41,14 @@ struct Rolled {
     gateway: String,
 }
 
-fn roll_with_hitless(server: Server, qps: u32) -> Result<Rolled> {
-    let scene = Scene::with_hitless(&Spec::default(), REPLICAS, server)?;
+fn roll_with_hitless(spec: &Spec, server: Server, qps: u32) -> Result<Rolled> {
+    let scene = Scene::with_hitless(spec, REPLICAS, server)?;
     scene.cluster.load(&image::envoy()?)?;
     let gateway = Gateway::start(&scene.cluster, NAMESPACE, "web", 1)?;
     scene.wait_enrolled("gateway")?;
-    let (times, time) = rollouts();
-    let direct = scene.roll_under_load(&format!("direct-{qps}"), &scene.url(), qps, times, time)?;
-    let through = scene.roll_under_load(&format!("gateway-{qps}"), &gateway.url(PATH), qps, times, time)?;
+    let times = rollouts();
+    let direct = scene.roll_under_load(&format!("direct-{qps}"), &scene.url(), qps, times)?;
+    let through = scene.roll_under_load(&format!("gateway-{qps}"), &gateway.url(PATH), qps, times)?;
     let counters = scene.agents[0].counters()?;
     assert!(counters["stop_signals"] > 0, "no pod's end was seen: {counters:?}");
     for outcome in [&direct, &through] {
@@ -78,15 +78,32 @@ impl Rolled {
 
 #[test]
 fn rollouts_of_nginx_under_50_requests_a_second_fail_no_connect() -> Result<()> {
-    let rolled = roll_with_hitless(Server::Nginx, 50)?;
+    let rolled = roll_with_hitless(&Spec::default(), Server::Nginx, 50)?;
     // At most one in the hands of each server that was told to stop; none where the machine has time for them.
-    rolled.assert_only_accepted_requests_lost((2 * rollouts().0 * REPLICAS) as u64);
+    rolled.assert_only_accepted_requests_lost((2 * rollouts() * REPLICAS) as u64);
     Ok(())
 }
 
 #[test]
 fn rollouts_of_httpbin_under_1000_requests_a_second_fail_no_connect() -> Result<()> {
-    let rolled = roll_with_hitless(Server::Httpbin, 1000)?;
+    let rolled = roll_with_hitless(&Spec::default(), Server::Httpbin, 1000)?;
+    rolled.assert_only_accepted_requests_lost((rolled.direct.requests + rolled.through.requests) / 1000);
+    Ok(())
+}
+
+#[test]
+#[ignore = "what differs is seen in the failures' long form: part of the long form"]
+fn rollouts_beside_kube_proxy_with_nftables_fail_no_connect() -> Result<()> {
+    let rolled =
+        roll_with_hitless(&Spec { kube_proxy: KubeProxy::Nftables, ..Spec::default() }, Server::Httpbin, 1000)?;
+    rolled.assert_only_accepted_requests_lost((rolled.direct.requests + rolled.through.requests) / 1000);
+    Ok(())
+}
+
+#[test]
+#[ignore = "part of the long form"]
+fn rollouts_of_pods_behind_routes_fail_no_connect() -> Result<()> {
+    let rolled = roll_with_hitless(&Spec { cni: Cni::Ptp, ..Spec::default() }, Server::Httpbin, 1000)?;
     rolled.assert_only_accepted_requests_lost((rolled.direct.requests + rolled.through.requests) / 1000);
     Ok(())
 }

@@ -90,7 +90,7 @@ fn run(task: Task) -> Result<()> {
         Task::Test(options) => suites::run(workspace, &options),
         Task::Bench(passed) => tasks::run(workspace, "hitless-bench", &[], passed),
         Task::Lab(passed) => tasks::lab(workspace, passed),
-        Task::Cluster(passed) => tasks::run(workspace, "hitless-lab", &["cluster"], passed),
+        Task::Cluster(passed) => tasks::cluster(workspace, passed),
         Task::Image(options) => image::run(workspace, &options),
         Task::Deploy(options) => deploy::run(workspace, &options),
         Task::Check => tasks::check(workspace),

@@ -72,6 +72,10 @@ impl Suite {
             // Suites share the node's cgroup root, pins and addresses: one test at a time.
             command.arg("--test-threads=1");
         }
+        // The long form has tests that take too long otherwise.
+        if self.on_cluster() && std::env::var_os("HITLESS_CLUSTER_LONG").is_some() {
+            command.arg("--include-ignored");
+        }
         status(command.args(args).current_dir(&self.directory).env("CARGO_MANIFEST_DIR", &self.directory))
     }
 }

@@ -31,9 +31,9 @@ pub enum Profile {
 #[derive(Args, Debug)]
 #[command(disable_help_flag = true)]
 pub struct Passed {
-    /// Cargo profile to build with
-    #[arg(long, value_enum, default_value = "release")]
-    profile: Profile,
+    /// Cargo profile to build with: release, but for a cluster dev
+    #[arg(long, value_enum)]
+    profile: Option<Profile>,
     /// Arguments passed on
     #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
     args: Vec<OsString>,
@@ -62,9 +62,15 @@ fn scripts(workspace: &Workspace) -> Result<()> {
 /// Builds the agent and the lab's programs, then becomes `program`, as root.
 pub fn run(workspace: &Workspace, program: &str, first: &[&str], passed: Passed) -> Result<()> {
     ebpf::build(workspace, false)?;
-    let directory = build(workspace, passed.profile)?;
+    let directory = build(workspace, passed.profile.unwrap_or(Profile::Release))?;
     let first = first.iter().map(OsString::from);
     root::exec(&directory.join(program), first.chain(passed.args))
+}
+
+/// A real Kubernetes, by the programs that were built for its suites.
+pub fn cluster(workspace: &Workspace, mut passed: Passed) -> Result<()> {
+    passed.profile.get_or_insert(Profile::Dev);
+    run(workspace, "hitless-lab", &["cluster"], passed)
 }
 
 /// An interactive lab; other commands of the lab's program when they are named.

@@ -19,8 +19,8 @@ use tracing::{info, warn};
 
 use super::core::Shared as SharedCore;
 use crate::{
-    config::{IdentitySource, MeshSettings},
-    identity::{self, Store},
+    config::MeshSettings,
+    identity::Store,
     kernel::{Error, Kernel, TunnelMaps},
     mesh::{Directory, Plaintext, Write},
     model::Event,
@@ -66,10 +66,7 @@ impl Mesh {
         if let Some(path) = &settings.policies {
             let _ = path;
         }
-        let authority: Arc<dyn identity::Authority> = match &settings.identity {
-            IdentitySource::Ca(path) => Arc::new(identity::ca::OwnCa::open(path, identity::ca::LIFE)?),
-            IdentitySource::Files(path) => Arc::new(identity::files::Files::open(path)),
-        };
+        let authority = settings.identity.open()?;
         let store = Store::new(authority, Default::default());
         let renewing = store.clone();
         parts.push((

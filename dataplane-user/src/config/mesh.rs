@@ -1,13 +1,13 @@
 //! What the agent is told about the mesh: whether it tunnels, by which identities, under which policies.
 
-use std::{fmt, path::PathBuf, str::FromStr, sync::Arc};
+use std::{path::PathBuf, sync::Arc};
 
 use anyhow::bail;
 use clap::Args;
 use serde::{Deserialize, Serialize};
 
 use super::Switch;
-use crate::policy::ROOT_NAMESPACE;
+use crate::{identity::Source as IdentitySource, policy::ROOT_NAMESPACE};
 
 /// As `Options`, for the mesh.
 #[derive(Args, Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -22,7 +22,8 @@ pub struct MeshOptions {
     pub trust_domain: Option<String>,
 
     /// Where the pods' certificates come from: ca:DIR (a certificate authority of your own, as `hitless ca init` makes
-    /// one) or files:DIR (a directory of certificates and keys)
+    /// one), files:DIR (certificates that somebody else writes), spiffe:SOCKET (a SPIFFE agent) or
+    /// istio:https://HOST:PORT (istiod)
     #[arg(long, env = "HITLESS_IDENTITY", value_name = "SOURCE")]
     pub identity: Option<IdentitySource>,
 
@@ -78,8 +79,8 @@ impl MeshOptions {
         }
         let Some(identity) = self.identity else {
             bail!(
-                "mtls is on and identity is not set: give --identity ca:DIR (make one with `hitless ca init`) or \
-                 files:DIR"
+                "mtls is on and identity is not set: give --identity ca:DIR (`hitless ca init` makes one), \
+                 files:DIR, spiffe:SOCKET or istio:https://HOST:PORT"
             )
         };
         let trust_domain = self.trust_domain.unwrap_or_else(|| "cluster.local".into());
@@ -95,33 +96,5 @@ impl MeshOptions {
             local_tls: self.local_tls.unwrap_or(Switch::Off) == Switch::On,
             workers: if workers == 0 { std::thread::available_parallelism().map_or(1, usize::from) } else { workers },
         }))
-    }
-}
-
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(try_from = "String", into = "String")]
-pub enum IdentitySource {
-    Ca(PathBuf),
-    Files(PathBuf),
-}
-
-impl FromStr for IdentitySource {
-    type Err = String;
-
-    fn from_str(text: &str) -> Result<Self, String> {
-        match text.split_once(':') {
-            Some(("ca", path)) if !path.is_empty() => Ok(Self::Ca(path.into())),
-            Some(("files", path)) if !path.is_empty() => Ok(Self::Files(path.into())),
-            _ => Err(format!("{text:?} is no source of identities; allowed are ca:DIR and files:DIR")),
-        }
-    }
-}
-
-impl fmt::Display for IdentitySource {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match self {
-            Self::Ca(path) => write!(f, "ca:{}", path.display()),
-            Self::Files(path) => write!(f, "files:{}", path.display()),
-        }
     }
 }

@@ -3,16 +3,13 @@
 
 use std::{
     collections::BTreeMap,
-    path::Path,
-    process::Command,
     time::{Duration, Instant},
 };
 
 use anyhow::{Context, Result, bail};
-use nix::mount::{MsFlags, mount};
 use serde_json::Value;
 
-use super::{Cluster, Node};
+use super::{Cluster, Node, daemonset, place::Place};
 use crate::lab::Process;
 
 /// A user that may look at what hitless needs, and do nothing.
@@ -20,7 +17,7 @@ const USER: &str = "hitless";
 
 pub struct Agent {
     process: Process,
-    place: Vec<String>,
+    place: Place,
     pub node: usize,
 }
 
@@ -31,27 +28,11 @@ impl Agent {
         // An agent that was killed could not tidy up.
         let _ = std::fs::remove_file(&ready);
         let site = node.dir.parent().context("a node's directory is in the cluster's")?;
-        let (bpffs, kubeconfig) = (site.join("bpf"), site.join(format!("{USER}.kubeconfig")));
-        if !bpffs.exists() {
-            std::fs::create_dir_all(&bpffs)?;
-            mount(Some("bpf"), &bpffs, Some("bpf"), MsFlags::empty(), None::<&str>).context("mount a bpffs")?;
-        }
-        let text = |path: &Path| path.to_string_lossy().into_owned();
-        let place = [
-            ("--state-dir", text(&node.dir.join("hitless"))),
-            ("--cgroup", text(&node.cgroup)),
-            ("--bpffs", text(&bpffs)),
-            ("--name", node.name.clone()),
-        ];
-        let place: Vec<_> = place.into_iter().flat_map(|(flag, value)| [flag.to_owned(), value]).collect();
-        let mut all = vec![text(&crate::workload::agent_binary()?), "run".into()];
-        all.extend(place.iter().cloned());
-        let api =
-            [("--source", "kube".into()), ("--node-name", node.name.clone()), ("--kubeconfig", text(&kubeconfig))];
-        all.extend(api.into_iter().flat_map(|(flag, value)| [flag.to_owned(), value]));
-        all.extend(["--ready-file".into(), text(&ready)]);
+        let place = Place::new(site, &node.name, node.dir.join("hitless"), &node.cgroup)?;
+        let mut all = place.run(&node.name, &site.join(format!("{USER}.kubeconfig")))?;
+        all.extend(["--ready-file".into(), ready.to_string_lossy().into_owned()]);
         if !args.contains(&"--cri-socket") {
-            all.extend(["--cri-socket".into(), text(&node.containerd_socket())]);
+            all.extend(["--cri-socket".into(), node.containerd_socket().to_string_lossy().into_owned()]);
         }
         all.extend(args.iter().map(|arg| (*arg).to_owned()));
         // What the suites lose without some or all of them.
@@ -67,31 +48,17 @@ impl Agent {
         &self.process
     }
 
-    /// `hitless … --output json`.
+    /// `hitless … --output json`, of an agent that must be alive.
     pub fn admin(&self, command: &[&str]) -> Result<Value> {
-        serde_json::from_slice(&self.ask(command)?).context("hitless prints JSON")
+        if !self.process.running() {
+            bail!("the agent of node-{} ended:\n{}", self.node, self.process.log());
+        }
+        self.place.ask(command)
     }
 
     /// The same of a command that prints a line for each.
     pub fn rows(&self, command: &[&str]) -> Result<Vec<Value>> {
-        let rows = serde_json::Deserializer::from_slice(&self.ask(command)?).into_iter().collect::<Result<_, _>>();
-        rows.context("hitless prints lines of JSON")
-    }
-
-    fn ask(&self, command: &[&str]) -> Result<Vec<u8>> {
-        let output = Command::new(crate::workload::agent_binary()?)
-            .args(command)
-            .args(["--output", "json"])
-            .args(&self.place)
-            .output()?;
-        if !output.status.success() {
-            // With JSON, the reason is where the answer would have been.
-            let [printed, errors] =
-                [&output.stdout, &output.stderr].map(|text| String::from_utf8_lossy(text).into_owned());
-            let log = if self.process.running() { String::new() } else { format!("it ended:\n{}", self.process.log()) };
-            bail!("hitless {} failed: {printed}{errors}{log}", command.join(" "));
-        }
-        Ok(output.stdout)
+        self.place.rows(command)
     }
 
     /// The kernel's counters by name.
@@ -115,16 +82,14 @@ impl Agent {
     }
 }
 
-/// Lets agents look at what they need.
+/// Lets agents look at what they need: what the role in deploy/ lets them.
 pub fn permit(cluster: &Cluster) -> Result<()> {
     cluster.control.write_kubeconfig(USER)?;
-    let (role, group) = ("rbac.authorization.k8s.io/v1", "rbac.authorization.k8s.io");
+    let role = daemonset::shipped("ClusterRole")?;
+    let group = "rbac.authorization.k8s.io";
     cluster.apply(&format!(
-        "apiVersion: {role}\nkind: ClusterRole\nmetadata: {{name: {USER}}}\nrules:\n\
-         - {{apiGroups: [\"\"], resources: [pods, services, namespaces, nodes], verbs: [list, watch]}}\n\
-         - {{apiGroups: [discovery.k8s.io], resources: [endpointslices], verbs: [list, watch]}}\n---\n\
-         apiVersion: {role}\nkind: ClusterRoleBinding\nmetadata: {{name: {USER}}}\n\
-         roleRef: {{apiGroup: {group}, kind: ClusterRole, name: {USER}}}\n\
+        "{role}\n---\napiVersion: {group}/v1\nkind: ClusterRoleBinding\nmetadata: {{name: {USER}}}\n\
+         roleRef: {{apiGroup: {group}, kind: ClusterRole, name: hitless}}\n\
          subjects: [{{apiGroup: {group}, kind: User, name: {USER}}}]\n"
     ))
 }

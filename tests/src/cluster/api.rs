@@ -1,18 +1,13 @@
 //! An API server alone, and an agent that follows it from this machine: objects are what `kubectl` writes, and no
 //! kubelet or controller changes them.
 
-use std::{
-    path::PathBuf,
-    process::Command,
-    time::{Duration, Instant},
-};
+use std::time::{Duration, Instant};
 
-use anyhow::{Context, Result, bail};
-use nix::mount::{MsFlags, mount};
+use anyhow::{Result, bail};
 use serde_json::Value;
 
-use super::ControlPlane;
-use crate::{lab::Process, workload::agent_binary};
+use super::{ControlPlane, place::Place};
+use crate::lab::Process;
 
 /// How long the agent may take to show what the API server says.
 const SHOWN_WITHIN: Duration = Duration::from_secs(10);
@@ -20,7 +15,7 @@ const SHOWN_WITHIN: Duration = Duration::from_secs(10);
 /// Ends, with its pins, before its API server does.
 pub struct ApiAgent {
     process: Process,
-    place: Vec<String>,
+    place: Place,
 }
 
 impl ApiAgent {
@@ -31,27 +26,9 @@ impl ApiAgent {
 
     pub fn start_with(control: &ControlPlane, kubeconfig: &str, metrics: &str) -> Result<Self> {
         let site = &control.site;
-        let bpffs = site.file("bpf");
-        if !bpffs.exists() {
-            std::fs::create_dir_all(&bpffs)?;
-            mount(Some("bpf"), &bpffs, Some("bpf"), MsFlags::empty(), None::<&str>).context("mount a bpffs")?;
-        }
-        let cgroup = site.cgroup.join("system");
-        let text = |path: PathBuf| path.to_string_lossy().into_owned();
-        let place = [
-            ("--state-dir", text(site.file("hitless"))),
-            ("--cgroup", text(cgroup)),
-            ("--bpffs", text(bpffs)),
-            ("--name", "api".to_owned()),
-        ];
-        let place: Vec<_> = place.into_iter().flat_map(|(flag, value)| [flag.to_owned(), value]).collect();
-        let mut args = vec![text(agent_binary()?), "run".into()];
-        args.extend(place.iter().cloned());
-        args.extend(
-            ["--source", "kube", "--node-name", "node-1", "--metrics-address", metrics, "--cri-socket", "off"]
-                .map(str::to_owned),
-        );
-        args.extend(["--kubeconfig".to_owned(), text(site.file(&format!("{kubeconfig}.kubeconfig")))]);
+        let place = Place::new(&site.dir, "api", site.file("hitless"), &site.cgroup.join("system"))?;
+        let mut args = place.run("node-1", &site.file(&format!("{kubeconfig}.kubeconfig")))?;
+        args.extend(["--metrics-address", metrics, "--cri-socket", "off"].map(str::to_owned));
         Ok(Self { process: site.start("hitless", &control.netns, args)?, place })
     }
 
@@ -70,12 +47,7 @@ impl ApiAgent {
 
     /// `hitless … --output json`.
     pub fn admin(&self, command: &[&str]) -> Result<Value> {
-        let mut hitless = Command::new(agent_binary()?);
-        let output = hitless.args(command).args(["--output", "json"]).args(&self.place).output()?;
-        // An agent that is not ready says so by its exit status, too.
-        serde_json::from_slice(&output.stdout).with_context(|| {
-            format!("hitless {} prints no JSON: {}", command.join(" "), String::from_utf8_lossy(&output.stderr))
-        })
+        self.place.ask(command)
     }
 
     /// Waits until an answer is as wanted.

@@ -12,7 +12,7 @@ use std::{
 use anyhow::{Context, Result, bail};
 use serde::{Deserialize, Serialize};
 
-use super::{Cluster, ControlPlane, KubeProxy, Spec, image, parts};
+use super::{Cluster, Cni, ControlPlane, KubeProxy, Spec, image, parts};
 use crate::lab::cleanup::{self, start_time};
 
 #[derive(clap::Subcommand, Debug)]
@@ -42,6 +42,8 @@ pub struct Options {
     nodes: usize,
     #[arg(long, value_enum, default_value_t)]
     kube_proxy: KubeProxy,
+    #[arg(long, value_enum, default_value_t)]
+    cni: Cni,
     /// etcd and the API server alone, on this machine's loopback
     #[arg(long)]
     api_only: bool,
@@ -93,8 +95,8 @@ fn up(options: &Options) -> Result<()> {
     let out = fs::File::create(LOG)?;
     let mut command = std::process::Command::new(std::env::current_exe()?);
     command.args(["cluster", "hold", "--nodes", &options.nodes.to_string()]);
-    let mode = format!("{:?}", options.kube_proxy).to_lowercase();
-    command.args(["--kube-proxy", &mode]).args(options.api_only.then_some("--api-only"));
+    let [proxy, cni] = [format!("{:?}", options.kube_proxy), format!("{:?}", options.cni)].map(|n| n.to_lowercase());
+    command.args(["--kube-proxy", &proxy, "--cni", &cni]).args(options.api_only.then_some("--api-only"));
     command.stdin(Stdio::null()).stdout(out.try_clone()?).stderr(out);
     // Not of this terminal: Ctrl-C here is not for it.
     command.process_group(0);
@@ -123,7 +125,8 @@ fn hold(options: &Options) -> Result<()> {
         State::of(&control, Vec::new())?.write()?;
         return cleanup::wait_for_signal();
     }
-    let cluster = Cluster::start(&Spec { nodes: options.nodes, kube_proxy: options.kube_proxy, ..Spec::default() })?;
+    let Options { nodes, kube_proxy, cni, .. } = *options;
+    let cluster = Cluster::start(&Spec { nodes, kube_proxy, cni, ..Spec::default() })?;
     for image in [image::httpbin()?, image::fortio()?] {
         cluster.load(&image)?;
     }

@@ -6,18 +6,18 @@
 use std::{
     fs,
     path::{Path, PathBuf},
-    process::Command,
     time::{Duration, Instant},
 };
 
 use anyhow::{Context, Result, bail, ensure};
 use serde_json::Value;
 
-use super::{Cluster, Node, image::Image, parts};
+use super::{Cluster, Node, image::Image, parts, place::Place};
 use crate::workload::agent_binary;
 
 pub const IMAGE: &str = "hitless.test/hitless:1";
 pub const DAEMON_SET: &str = "daemonset/hitless";
+const MANIFEST: &str = "deploy/hitless.yaml";
 const NAMESPACE: &str = "hitless-system";
 const BPFFS: &str = "/run/bpf";
 
@@ -69,12 +69,7 @@ pub fn log(cluster: &Cluster, node: &Node) -> Result<String> {
 
 /// `hitless … --output json`, of the node's agent: its socket is in the node's /run.
 pub fn admin(node: &Node, command: &[&str]) -> Result<Value> {
-    let state_dir = node.dir.join("run/hitless");
-    let mut hitless = Command::new(agent_binary()?);
-    let output = hitless.args(command).args(["--output", "json", "--state-dir"]).arg(&state_dir).output()?;
-    serde_json::from_slice(&output.stdout).with_context(|| {
-        format!("hitless {} prints no JSON: {}", command.join(" "), String::from_utf8_lossy(&output.stderr))
-    })
+    Place::of_state_dir(&node.dir.join("run/hitless")).ask(command)
 }
 
 /// Waits until a pod's connections are hitless's business.
@@ -96,8 +91,7 @@ pub fn wait_enrolled(node: &Node, pod: &str) -> Result<()> {
 
 /// deploy/hitless.yaml for the lab.
 fn manifest(cluster: &Cluster) -> Result<String> {
-    let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("../deploy/hitless.yaml");
-    let mut text = fs::read_to_string(&path).with_context(|| format!("read {}", path.display()))?;
+    let mut text = read()?;
     let cgroup: PathBuf = cluster.node(1).cgroup.parent().context("a node's cgroup has a parent")?.into();
     let image = text.lines().find_map(|line| line.trim().strip_prefix("image: ")).context("no image")?.to_owned();
     for (what, instead) in [
@@ -111,8 +105,21 @@ fn manifest(cluster: &Cluster) -> Result<String> {
         ("            path: /sys/fs/bpf\n".into(), format!("            path: {BPFFS}\n")),
         ("            path: /sys/fs/cgroup\n".into(), format!("            path: {}\n", cgroup.display())),
     ] {
-        ensure!(text.contains(&what), "{}: no {what:?}", path.display());
+        ensure!(text.contains(&what), "{MANIFEST}: no {what:?}");
         text = text.replace(&what, &instead);
     }
     Ok(text)
+}
+
+/// The first object of a kind in it, as it is.
+pub fn shipped(kind: &str) -> Result<String> {
+    let text = read()?;
+    let mut objects = text.split("\n---\n");
+    let object = objects.find(|object| object.lines().any(|line| line.strip_prefix("kind: ") == Some(kind)));
+    object.map(str::to_owned).with_context(|| format!("{MANIFEST}: no {kind}"))
+}
+
+fn read() -> Result<String> {
+    let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("..").join(MANIFEST);
+    fs::read_to_string(&path).with_context(|| format!("read {}", path.display()))
 }

@@ -145,9 +145,11 @@ const NGINX_CONF: &str = "daemon off; worker_processes 1; error_log /dev/stderr;
     events { worker_connections 4096; }\n\
     http { access_log off; client_body_temp_path /tmp/a; proxy_temp_path /tmp/b; fastcgi_temp_path /tmp/c; uwsgi_temp_path /tmp/d;\n\
     scgi_temp_path /tmp/e; server { listen 8080 backlog=4096; listen [::]:8080 backlog=4096; location / { return 200 \"$hostname\\n\"; }\n\
-    location = /alive { if (-f /tmp/sick) { return 500; } return 200 \"alive\\n\"; } } }\n";
+    location = /alive { if (-f /tmp/sick) { return 500; } return 200 \"alive\\n\"; }\n\
+    location = /swallow { client_max_body_size 0; client_body_buffer_size 1024m; proxy_pass http://127.0.0.1:1; } } }\n";
 
-/// Closes at once on SIGTERM: connections that it has not answered are lost. `/alive` fails once there is a `/tmp/sick`.
+/// Closes at once on SIGTERM: connections that it has not answered are lost. `/alive` fails once there is a `/tmp/sick`;
+/// what is posted to `/swallow` is held in memory.
 pub fn nginx() -> Result<Image> {
     parts::needs(&["nginx"], "nginx-light")?;
     let program = parts::which("nginx").context("nginx was just installed")?;

@@ -5,16 +5,19 @@ use std::{
     time::{Duration, Instant},
 };
 
-use anyhow::{Context, Result, bail};
+use anyhow::{Result, bail};
 use serde::Deserialize;
 
-use super::{Cluster, image::FORTIO};
+use super::{Cluster, image::FORTIO, node::PAUSE, trouble::wait_for};
+
+/// The container that goes before the one that asks.
+const GATE: &str = "gate";
 
 /// How much to ask for.
 #[derive(Clone, Copy, Debug)]
 pub enum Amount {
-    /// Requests a second, for so long, by so many clients
-    Rate { qps: u32, time: Duration, clients: u32 },
+    /// Requests a second, by so many clients
+    Rate { qps: u32, clients: u32 },
     /// gRPC over so many connections that stay; on each a call is always under way, which fails when it is cut
     Streams(u32),
 }
@@ -58,30 +61,37 @@ pub struct Outcome {
 }
 
 impl Load {
-    /// Starts asking; every request makes a connection of its own.
-    pub fn start(cluster: &Cluster, namespace: &str, spec: LoadSpec) -> Result<Self> {
+    /// Starts asking once its pod is `ready` for that, which is another's word: its first connects would else find
+    /// whatever serves pods that hitless does not know yet. Every request makes a connection of its own.
+    pub fn start(
+        cluster: &Cluster,
+        namespace: &str,
+        spec: LoadSpec,
+        ready: impl FnOnce() -> Result<()>,
+    ) -> Result<Self> {
         let LoadSpec { name, url, amount, node } = &spec;
         let amount = match amount {
-            Amount::Rate { qps, time, clients } => {
-                format!(
-                    "-keepalive=false, -uniform, \"-qps={qps}\", \"-t={}s\", \"-c={clients}\", -timeout=3s",
-                    time.as_secs()
-                )
+            Amount::Rate { qps, clients } => {
+                format!("-keepalive=false, -uniform, \"-qps={qps}\", \"-c={clients}\", -timeout=3s")
             }
-            Amount::Streams(count) => format!("-grpc, -ping, -grpc-ping-delay=300ms, -qps=0, -t=0, \"-c={count}\""),
+            Amount::Streams(count) => format!("-grpc, -ping, -grpc-ping-delay=300ms, -qps=0, \"-c={count}\""),
         };
         let labels = "app: load";
         cluster.apply(&format!(
             "apiVersion: v1\nkind: Pod\nmetadata: {{name: {name}, namespace: {namespace}, labels: {{{labels}}}}}\n\
-             spec:\n  nodeName: node-{node}\n  restartPolicy: Never\n  terminationGracePeriodSeconds: 1\n  containers:\n\
+             spec:\n  nodeName: node-{node}\n  restartPolicy: Never\n  terminationGracePeriodSeconds: 1\n\
+             \x20 initContainers: [{{name: {GATE}, image: {PAUSE}, imagePullPolicy: Never}}]\n  containers:\n\
              \x20 - name: fortio\n    image: {FORTIO}\n    imagePullPolicy: Never\n\
-             \x20   args: [load, -quiet, -allow-initial-errors, -abort-on=-2, {amount}, -nocatchup, -json=-, \"{url}\"]\n"
+             \x20   args: [load, -quiet, -t=0, -allow-initial-errors, -abort-on=-2, {amount}, -nocatchup, -json=-, \"{url}\"]\n"
         ))?;
-        let pod = format!("pod/{name}");
-        let running = |args: &[&str]| cluster.kubectl(&[&["-n", namespace], args].concat());
-        running(&["wait", "--for=jsonpath={.status.phase}=Running", &pod, "--timeout=30s"])
-            .context("the load does not start")?;
-        let container = running(&["get", &pod, "-o", "jsonpath={.status.containerStatuses[0].containerID}"])?;
+        let node = cluster.node(*node);
+        let gate = wait_for("the load's pod", || Ok(node.container(name, GATE).ok()))?;
+        ready()?;
+        let container = wait_for("the load's start", || {
+            // Its first moments hear no signal.
+            let _ = node.kill(&gate, "SIGTERM");
+            Ok(node.container(name, "fortio").ok())
+        })?;
         Ok(Self { spec, container, started: Instant::now() })
     }
 
@@ -89,21 +99,11 @@ impl Load {
         self.started.elapsed()
     }
 
-    /// Ends it now: a trouble takes as long as it takes, and the load outlasts it.
+    /// Ends it: a trouble takes as long as it takes, and the load outlasts it.
     pub fn stop(self, cluster: &Cluster) -> Result<Outcome> {
-        cluster.node(self.spec.node).kill(&self.container, "SIGINT")?;
-        self.finish_by(cluster, Instant::now() + Duration::from_secs(30))
-    }
-
-    /// Waits until its time is over.
-    pub fn finish(self, cluster: &Cluster) -> Result<Outcome> {
-        let Amount::Rate { time, .. } = self.spec.amount else { bail!("streams end when they are stopped") };
-        let deadline = self.started + time + Duration::from_secs(30);
-        self.finish_by(cluster, deadline)
-    }
-
-    fn finish_by(self, cluster: &Cluster, deadline: Instant) -> Result<Outcome> {
         let node = cluster.node(self.spec.node);
+        node.kill(&self.container, "SIGINT")?;
+        let deadline = Instant::now() + Duration::from_secs(30);
         loop {
             let log = node.container_log(&self.spec.name).unwrap_or_default();
             if let Some(report) = report(&log) {

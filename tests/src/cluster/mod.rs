@@ -11,6 +11,7 @@ pub mod image;
 pub mod load;
 pub mod node;
 pub mod parts;
+pub mod place;
 pub mod scene;
 pub mod shared;
 pub mod trouble;
@@ -43,17 +44,33 @@ pub enum KubeProxy {
     Nftables,
 }
 
+/// The network plugin, of those that Debian packages: how pods are joined to their node. Nodes route to each other.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, clap::ValueEnum)]
+pub enum Cni {
+    /// A bridge per node, which has the gateway's address
+    #[default]
+    Bridge,
+    /// A veth per pod, and a route to its address: as Calico does it
+    Ptp,
+}
+
 #[derive(Clone, Debug)]
 pub struct Spec {
     pub nodes: usize,
     pub kube_proxy: KubeProxy,
+    pub cni: Cni,
     pub control: ControlSpec,
 }
 
 impl Default for Spec {
     fn default() -> Self {
-        Self { nodes: 2, kube_proxy: KubeProxy::default(), control: ControlSpec::default() }
+        Self { nodes: 2, kube_proxy: KubeProxy::default(), cni: Cni::default(), control: ControlSpec::default() }
     }
+}
+
+/// The suites in full, for people who have the time: more rounds, and those that are ignored otherwise.
+pub fn long() -> bool {
+    std::env::var_os("HITLESS_CLUSTER_LONG").is_some()
 }
 
 /// Dropping it removes everything.

@@ -11,7 +11,7 @@ use std::{
 
 use anyhow::{Context, Result, bail};
 
-use super::{ControlPlane, KubeProxy, MAX_NODES, Site, Spec, parts};
+use super::{Cni, ControlPlane, KubeProxy, Site, Spec, parts};
 use crate::lab::{
     Process, cleanup,
     net::{self, Family, Netns, ip},
@@ -57,8 +57,8 @@ impl Node {
         let dir = site.file(&name);
         let parent = cleanup::LabId::cgroup(&site.id)?;
         let cgroup = parent.join(&name);
-        make_cgroups(&site, &name)?;
-        configure(&site, &dir, &name, index)?;
+        make_cgroups(&site, &name, spec.nodes)?;
+        configure(&site, &dir, &name, index, spec.cni)?;
         let holder = hold(&site, &netns, &name, &dir)?;
         let containerd = inside(
             &site,
@@ -170,13 +170,22 @@ impl Node {
         pid.with_context(|| format!("no process of container {container} on {}", self.name))
     }
 
+    /// The running container of a name in a pod, by the runtime's word: no API server is asked.
+    pub fn container(&self, pod: &str, name: &str) -> Result<String> {
+        let filter = format!(r#"labels."io.kubernetes.pod.name"=={pod},labels."io.kubernetes.container.name"=={name}"#);
+        let [found, tasks] = [self.ctr(&["containers", "ls", "--quiet", &filter])?, self.ctr(&["tasks", "ls"])?];
+        let runs = |container: &str| tasks.lines().any(|task| task.starts_with(container) && task.ends_with("RUNNING"));
+        let running = found.lines().find(|container| runs(container));
+        running.map(str::to_owned).with_context(|| format!("no container {name} of {pod} runs on {}", self.name))
+    }
+
     /// Gives an address that is free again to the next pod: the CNI plugin hands them out in order.
     pub fn next_address(&self, address: Ipv4Addr) -> Result<()> {
         let before = Ipv4Addr::from_bits(address.to_bits() - 1);
         let file = self.dir.join("cni-state/networks/pods/last_reserved_ip.0");
         fs::write(&file, before.to_string()).with_context(|| format!("write {}", file.display()))?;
         // The node would send to the old pod's MAC address until it doubts it, half a minute later.
-        ip(Some(&self.netns), "neighbor flush dev cni0\n")
+        ip(Some(&self.netns), &format!("neighbor flush to {address}\n"))
     }
 
     pub(super) fn import(&self, tar: &Path) -> Result<()> {
@@ -257,7 +266,7 @@ fn inside(site: &Site, holder: &Process, netns: &Netns, name: &str, args: Vec<St
 }
 
 /// A kubelet wants its root group in every hierarchy.
-fn make_cgroups(site: &Site, name: &str) -> Result<()> {
+fn make_cgroups(site: &Site, name: &str, nodes: usize) -> Result<()> {
     let root = cleanup::cgroup2_root()?;
     let below = site.cgroup.strip_prefix(&root)?;
     for hierarchy in cleanup::hierarchies() {
@@ -269,6 +278,8 @@ fn make_cgroups(site: &Site, name: &str) -> Result<()> {
             }
             dir.push(part);
         }
+        share(&hierarchy.join(below), "cpu.shares", 1024 * nodes)?;
+        share(&hierarchy.join(below).join(name), "cpu.shares", 1024)?;
     }
     let dir = site.cgroup.join(name);
     fs::create_dir_all(&dir)?;
@@ -277,6 +288,19 @@ fn make_cgroups(site: &Site, name: &str) -> Result<()> {
             // Version 1 may own it.
             let _ = fs::write(dir.join("cgroup.subtree_control"), format!("+{controller}"));
         }
+    }
+    share(&site.cgroup, "cpu.weight", 100 * nodes)?;
+    share(&dir, "cpu.weight", 100)?;
+    Ok(())
+}
+
+/// A node's pods have as much of the CPU as on a machine of their own, by the rule of its kubelet, which does not know
+/// that there is a group above: all pods together would have what a single process of the machine has.
+fn share(cgroup: &Path, file: &str, of_a_cpu: usize) -> Result<()> {
+    let (file, cpus) = (cgroup.join(file), std::thread::available_parallelism()?.get());
+    // In one hierarchy of version 1, or in version 2 where it owns the controller.
+    if file.exists() {
+        fs::write(&file, (cpus * of_a_cpu).to_string()).with_context(|| format!("write {}", file.display()))?;
     }
     Ok(())
 }
@@ -289,7 +313,7 @@ fn dir_and_copy(dir: &Path, file: &str, value: &str) -> Result<()> {
     Ok(())
 }
 
-fn configure(site: &Site, dir: &Path, name: &str, index: usize) -> Result<()> {
+fn configure(site: &Site, dir: &Path, name: &str, index: usize, cni: Cni) -> Result<()> {
     for sub in ["run", "log/pods", "cni-state", "cni", "containerd", "state", "kubelet"] {
         fs::create_dir_all(dir.join(sub))?;
     }
@@ -305,10 +329,14 @@ fn configure(site: &Site, dir: &Path, name: &str, index: usize) -> Result<()> {
         ),
     )?;
     let ranges = Family::BOTH.map(|family| format!(r#"[{{"subnet":"{}"}}]"#, net::pod_subnet(family, index))).join(",");
+    let plugin = match cni {
+        Cni::Bridge => r#""type":"bridge","bridge":"cni0","isGateway":true,"hairpinMode":true"#,
+        Cni::Ptp => r#""type":"ptp""#,
+    };
     fs::write(
         dir.join("cni/10-pods.conflist"),
         format!(
-            r#"{{"cniVersion":"1.0.0","name":"pods","plugins":[{{"type":"bridge","bridge":"cni0","isGateway":true,"ipMasq":false,"hairpinMode":true,
+            r#"{{"cniVersion":"1.0.0","name":"pods","plugins":[{{{plugin},"ipMasq":false,
            "ipam":{{"type":"host-local","dataDir":"{d}/cni-state/networks","ranges":[{ranges}],
            "routes":[{{"dst":"0.0.0.0/0"}},{{"dst":"::/0"}}]}}}}]}}"#
         ),
@@ -323,12 +351,10 @@ fn configure(site: &Site, dir: &Path, name: &str, index: usize) -> Result<()> {
          cgroupDriver: cgroupfs\ncgroupRoot: /{}\nfailCgroupV1: false\nfailSwapOn: false\nenforceNodeAllocatable: []\n\
          localStorageCapacityIsolation: false\noomScoreAdj: 0\ncontainerRuntimeEndpoint: unix://{d}/containerd.sock\n\
          podLogsDir: {d}/log/pods\nresolvConf: {d}/resolv.conf\nfileCheckFrequency: 0s\nserializeImagePulls: false\n\
-         registerNode: true\nvolumePluginDir: {d}/plugins\nproviderID: test://{name}\nmaxPods: {}\n\
+         registerNode: true\nvolumePluginDir: {d}/plugins\nproviderID: test://{name}\n\
          syncFrequency: 10s\nnodeStatusReportFrequency: 10s\nnodeStatusUpdateFrequency: 5s\nevictionHard: {{memory.available: 1Mi}}\n",
             root.display(),
-            110
         ),
     )?;
-    let _ = MAX_NODES;
     Ok(())
 }

@@ -7,6 +7,7 @@ use anyhow::Result;
 use super::{
     KubeProxy, Spec,
     image::{self, FORTIO},
+    long,
     scene::{NAMESPACE, Scene, Server},
 };
 
@@ -34,10 +35,6 @@ pub fn on_shared_scene(test: impl FnOnce(&mut Scene) -> Result<()>) -> Result<()
 /// Repeats what is repeated: once in CI.
 pub fn rounds() -> usize {
     if long() { 3 } else { 1 }
-}
-
-fn long() -> bool {
-    std::env::var_os("HITLESS_CLUSTER_LONG").is_some()
 }
 
 fn start() -> Result<Scene> {

@@ -3,14 +3,15 @@
 use std::{
     collections::{BTreeMap, BTreeSet},
     fs,
-    net::Ipv4Addr,
+    io::{Read as _, Write as _},
+    net::{Ipv4Addr, TcpStream},
     sync::atomic::{AtomicU32, Ordering},
     time::{Duration, Instant},
 };
 
 use anyhow::{Context, Result, bail};
 use nix::sys::signal::Signal;
-use serde_json::Value;
+use serde_json::{Value, json};
 
 use super::{
     Node,
@@ -19,8 +20,6 @@ use super::{
     scene::{NAMESPACE, PATH, Scene, WEB},
 };
 
-/// Longer than anything that happens under it: such a load is stopped.
-const NEVER: Duration = Duration::from_secs(600);
 const PATIENCE: Duration = Duration::from_secs(60);
 /// How connects fail, as the application sees it.
 const FAILURES: [&str; 4] = ["connects_refused", "connects_timed_out", "connects_unreachable", "connects_no_backend"];
@@ -111,7 +110,7 @@ impl Scene {
     ) -> Result<Suffered> {
         static LOADS: AtomicU32 = AtomicU32::new(1);
         let name = format!("load-{}", LOADS.fetch_add(1, Ordering::Relaxed));
-        let load = self.load(&name, &format!("http://{}{path}", self.vip), qps, NEVER)?;
+        let load = self.load(&name, &format!("http://{}{path}", self.vip), qps)?;
         let before = self.counters()?;
         std::thread::sleep(Duration::from_secs(1));
         let started = Instant::now();
@@ -177,6 +176,42 @@ impl Scene {
         bail!("five rollouts, and still a node has no pod of {WEB}")
     }
 
+    /// Sets fields of the deployment's container, or removes them where the value is null, and rolls that out.
+    pub fn change_server(&self, fields: &Value) -> Result<()> {
+        let fields = fields.as_object().context("fields of a container")?;
+        let patch = fields.iter().map(|(field, value)| {
+            let op = if value.is_null() { "remove" } else { "add" };
+            json!({"op": op, "path": format!("/spec/template/spec/containers/0/{field}"), "value": value})
+        });
+        let patch = Value::from_iter(patch).to_string();
+        self.kubectl(&["patch", WEB, "--type=json", "-p", &patch])?;
+        self.wait_rollout(WEB)?;
+        self.wait_pods(self.servers()?.len())
+    }
+
+    /// Gives nginx more than its memory limit allows to keep in mind. Returns when its connection breaks over that.
+    pub fn overfeed(&self, server: &Server) -> Result<()> {
+        const MORSEL: [u8; 1 << 20] = [b'x'; 1 << 20];
+        let feed = |morsels: usize| {
+            let mut stream = TcpStream::connect((server.address, 8080))?;
+            stream.set_write_timeout(Some(PATIENCE))?;
+            stream.set_read_timeout(Some(PATIENCE))?;
+            write!(
+                stream,
+                "POST /swallow HTTP/1.1\r\nHost: web\r\nContent-Length: {}\r\n\r\n",
+                morsels * MORSEL.len()
+            )?;
+            (0..morsels).try_for_each(|_| stream.write_all(&MORSEL))?;
+            let mut answer = [0; 64];
+            stream.read(&mut answer).map(|length| String::from_utf8_lossy(&answer[..length]).into_owned())
+        };
+        match self.node_of(server).netns.enter(|| feed(256))? {
+            Ok(answer) if !answer.is_empty() => bail!("{} swallowed 256 MiB and answered {answer:?}", server.name),
+            Err(error) if error.kind() == std::io::ErrorKind::ConnectionRefused => Err(error.into()),
+            _ => Ok(()),
+        }
+    }
+
     /// By the API's own means, as a drain or the descheduler does it.
     pub fn evict(&self, pod: &str) -> Result<()> {
         let file = self.cluster.control.site.file("eviction.json");
@@ -186,12 +221,13 @@ impl Scene {
         self.kubectl(&["create", "--raw", &url, "-f", &file.to_string_lossy()]).map(drop)
     }
 
-    /// Waits until a pod's container was started again and serves.
-    pub fn wait_restarted(&self, server: &Server) -> Result<()> {
+    /// Waits until a pod's container was started again and serves. Why it ended, as the kubelet says.
+    pub fn wait_restarted(&self, server: &Server) -> Result<String> {
         wait_for(&format!("a restart of {}", server.name), || {
             let pod = self.get(&["pod", &server.name])?;
             let restarted = Server::of(&pod).is_some_and(|now| now.restarts > server.restarts);
-            Ok((restarted && super::is_ready(&pod)).then_some(()))
+            let ended = &pod["status"]["containerStatuses"][0]["lastState"]["terminated"]["reason"];
+            Ok((restarted && super::is_ready(&pod)).then(|| ended.as_str().unwrap_or_default().to_owned()))
         })
     }
 
@@ -205,8 +241,8 @@ impl Scene {
     }
 
     /// The addresses that an agent's kernel maps offer for the service.
-    fn offered(agent: &Agent) -> Result<BTreeSet<Ipv4Addr>> {
-        let rows = agent.admin(&["endpoints", &format!("{NAMESPACE}/web")])?;
+    pub fn offered(&self, agent: usize) -> Result<BTreeSet<Ipv4Addr>> {
+        let rows = self.agents[agent].admin(&["endpoints", &format!("{NAMESPACE}/web")])?;
         let rows = rows.as_array().into_iter().flatten();
         let backends = rows.map(|row| &row["backend"]);
         let ready = backends.filter(|backend| backend["section"] == "ready" && backend["kernel"] == "ready");
@@ -218,10 +254,10 @@ impl Scene {
         let mut last = String::new();
         let exact = wait_for("the exact state on every node", || {
             let there: BTreeSet<_> = self.servers()?.into_iter().map(|server| server.address).collect();
-            for agent in &self.agents {
-                let offered = Self::offered(agent)?;
+            for agent in 0..self.agents.len() {
+                let offered = self.offered(agent)?;
                 if offered != there {
-                    last = format!("node-{} offers {offered:?}, there are {there:?}", agent.node);
+                    last = format!("node-{} offers {offered:?}, there are {there:?}", self.agents[agent].node);
                     return Ok(None);
                 }
             }

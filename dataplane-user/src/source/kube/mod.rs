@@ -308,7 +308,10 @@ impl Source {
         for (name, uid, process) in &found {
             self.world.borrow_mut().found(name, uid, *process);
         }
+        let heard = self.core.borrow().source.last_event;
         self.pass_on(Vec::new(), monotonic_ns());
+        // The node itself said this: what the API server said gets no younger by it.
+        self.core.borrow_mut().source.last_event = heard;
         true
     }
 
