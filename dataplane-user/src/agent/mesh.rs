@@ -64,7 +64,12 @@ impl Mesh {
         let policies = Arc::new(Enforcement::new(&settings.root_namespace));
         let mut parts: Vec<Part> = Vec::new();
         if let Some(path) = &settings.policies {
-            let _ = path;
+            let mut objects = Vec::new();
+            for file in policy::file::files(path)? {
+                objects.extend(policy::file::read_file(&file)?.objects);
+            }
+            let kinds = [policy::object::Kind::AuthorizationPolicy, policy::object::Kind::PeerAuthentication];
+            policies.change(|policies| policies.sync(policy::Origin::File, &kinds, objects));
         }
         let authority = settings.identity.open()?;
         let store = Store::new(authority, Default::default());

@@ -2,6 +2,8 @@
 
 use std::{fmt, path::PathBuf, str::FromStr, sync::Arc};
 
+use serde::{Deserialize, Serialize};
+
 use super::{
     Authority,
     ca::{self, OwnCa},
@@ -10,7 +12,8 @@ use super::{
     workload_api::WorkloadApi,
 };
 
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(try_from = "String", into = "String")]
 pub enum Source {
     /// A directory with the mesh's own authority.
     Ca(PathBuf),
@@ -57,6 +60,20 @@ impl FromStr for Source {
             "spiffe" if place.starts_with('/') => Ok(Self::Spiffe(place.into())),
             _ => Err(bad()),
         }
+    }
+}
+
+impl TryFrom<String> for Source {
+    type Error = BadSource;
+
+    fn try_from(word: String) -> Result<Self, BadSource> {
+        word.parse()
+    }
+}
+
+impl From<Source> for String {
+    fn from(source: Source) -> Self {
+        source.to_string()
     }
 }
 
