@@ -2,7 +2,7 @@
 //! the pods' listeners are opened and let go.
 
 use std::{
-    collections::{BTreeSet, HashMap},
+    collections::{BTreeMap, BTreeSet, HashMap},
     future::Future,
     net::IpAddr,
     path::PathBuf,
@@ -29,7 +29,7 @@ use crate::{
         Problem, Registry,
         change::{Change, Netns, PodId},
     },
-    tunnel::{Opened, Shared, Tunnel},
+    tunnel::{Count, Opened, Shared, Tunnel},
 };
 
 /// How often listeners that could not be opened are tried again, and the node's addresses looked at.
@@ -83,8 +83,7 @@ impl Mesh {
         ));
         let rules = policies.clone();
         let directory = Directory::new(settings.trust_domain.clone(), Box::new(move |pod| plaintext(&rules, pod)));
-        let shared =
-            Shared::new(maps.clone(), directory.view(), store.clone(), policies.clone(), settings.local_tls);
+        let shared = Shared::new(maps.clone(), directory.view(), store.clone(), policies.clone(), settings.local_tls);
         let tunnel = Tunnel::start(shared, settings.workers).context("the tunnel's threads cannot be started")?;
         let mesh = Parts {
             directory,
@@ -154,9 +153,18 @@ impl Mesh {
         }
     }
 
-    /// The tunnel's counters, when there is one.
-    pub fn tunnel(&self) -> Option<&Arc<Shared>> {
-        self.0.as_ref().map(|mesh| mesh.tunnel.shared())
+    /// The pod's listeners are open.
+    pub fn has_joined(&self, pod: PodId) -> bool {
+        self.0.as_ref().is_some_and(|mesh| mesh.open.contains(&pod))
+    }
+
+    /// The tunnel's counters by name; none without a mesh.
+    pub fn counts(&self) -> BTreeMap<String, u64> {
+        let counts = |mesh: &Parts| {
+            let counts = &mesh.tunnel.shared().counts;
+            Count::ALL.iter().map(|count| (count.name().to_owned(), counts.get(*count))).collect()
+        };
+        self.0.as_ref().map_or_else(BTreeMap::new, counts)
     }
 
     fn opened(&mut self, opened: Opened, kernel: &mut Kernel) -> Result<(), Error> {
@@ -261,8 +269,7 @@ pub async fn tend(core: SharedCore) -> std::io::Result<()> {
         let unopened: Vec<_> = core.borrow().mesh.0.iter().flat_map(|mesh| mesh.unopened.clone()).collect();
         failing.retain(|pod, _| unopened.iter().any(|(unopened, _)| unopened == pod));
         for (pod, (name, netns)) in unopened {
-            let Some(opening) =
-                core.borrow().mesh.0.as_ref().map(|mesh| mesh.tunnel.open(pod, name.clone(), netns))
+            let Some(opening) = core.borrow().mesh.0.as_ref().map(|mesh| mesh.tunnel.open(pod, name.clone(), netns))
             else {
                 continue;
             };

@@ -62,6 +62,7 @@ fn status(core: &Core, config: &Config, started: Instant) -> Status {
         objects: Some(core.registry.counts().into()),
         pods: pods(core),
         counters: BTreeMap::new(),
+        tunnel: core.mesh.counts(),
         hooks: core.hooks.clone(),
     }
 }
@@ -111,6 +112,7 @@ fn pods(core: &Core) -> Vec<PodRow> {
         attached: attached.contains_key(&id),
         netns_cookie: attached.get(&id).copied(),
         error: core.failing_pods.get(&id).cloned(),
+        in_mesh: core.mesh.has_joined(id),
     });
     let mut rows: Vec<_> = rows.collect();
     rows.sort_by(|a, b| a.name.cmp(&b.name));

@@ -67,6 +67,7 @@ fn pinned(config: &kernel::Config) -> anyhow::Result<Option<Status>> {
                 attached: true,
                 netns_cookie: Some(*cookie),
                 error: None,
+                in_mesh: pod.outbound_port_be != 0,
             })
             .collect();
     }

@@ -7,7 +7,8 @@ use std::{collections::BTreeMap, fmt, path::Path};
 use serde_json::Value;
 
 use super::{
-    Cluster, Config, LogFormat, MapSizes, Mark, MeshOptions, MetricsAddress, OnExit, Options, Place, Span, Switch, TcxUse,
+    Cluster, Config, LogFormat, MapSizes, Mark, MeshOptions, MetricsAddress, OnExit, Options, Place, Span, Switch,
+    TcxUse,
 };
 use crate::kernel::{self, Sizes};
 

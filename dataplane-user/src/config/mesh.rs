@@ -59,17 +59,7 @@ pub struct MeshSettings {
 impl MeshOptions {
     /// `self` wins, field by field.
     pub fn over(self, under: Self) -> Self {
-        prefer!(
-            self,
-            under,
-            mtls,
-            trust_domain,
-            identity,
-            policies,
-            root_namespace,
-            local_tls,
-            tunnel_workers
-        )
+        prefer!(self, under, mtls, trust_domain, identity, policies, root_namespace, local_tls, tunnel_workers)
     }
 
     /// None: no mesh.

@@ -20,8 +20,8 @@ pub use view::View;
 
 use crate::{
     identity::SpiffeId,
-    policy,
     model::{Event, Key, Object, Pod},
+    policy,
     registry::{Problem, change::PodId, problem::pod_name},
 };
 

@@ -97,7 +97,8 @@ impl Tunnel {
     /// Starts the workers. They end with it.
     pub fn start(shared: Shared, workers: usize) -> io::Result<Self> {
         let shared = Arc::new(shared);
-        let workers = (0..workers.max(1)).map(|number| Worker::start(number, shared.clone())).collect::<Result<_, _>>()?;
+        let workers =
+            (0..workers.max(1)).map(|number| Worker::start(number, shared.clone())).collect::<Result<_, _>>()?;
         Ok(Self { shared, workers })
     }
 
@@ -106,12 +107,7 @@ impl Tunnel {
     }
 
     /// Opens listeners in the pod's network namespace, on a thread that may block.
-    pub fn open(
-        &self,
-        id: PodId,
-        name: Arc<str>,
-        netns: PathBuf,
-    ) -> impl Future<Output = io::Result<Opened>> + use<> {
+    pub fn open(&self, id: PodId, name: Arc<str>, netns: PathBuf) -> impl Future<Output = io::Result<Opened>> + use<> {
         let workers = self.workers.len();
         async move {
             let open = move || {

@@ -51,8 +51,6 @@ enum Failure {
     Identity(#[from] IssueError),
     #[error("the certificate cannot be used: {0}")]
     Certificate(#[from] rustls::Error),
-    #[error("the pod is no workload of the mesh any more")]
-    Unenrolled,
 }
 
 impl Failure {
@@ -61,7 +59,7 @@ impl Failure {
         match self {
             Self::Tunnel(error) => error.elsewhere_is_safe(),
             Self::Dial { .. } => true,
-            Self::Denied(_) | Self::Identity(_) | Self::Certificate(_) | Self::Unenrolled => false,
+            Self::Denied(_) | Self::Identity(_) | Self::Certificate(_) => false,
         }
     }
 
@@ -206,8 +204,7 @@ impl Outbound<'_> {
             forwarded: Some(Forwarded::new(self.client, None)),
             traceparent: None,
         };
-        let connect =
-            Connect { patience, within: CONNECT_WITHIN, ..Connect::new(Authority::Address(at), metadata) };
+        let connect = Connect { patience, within: CONNECT_WITHIN, ..Connect::new(Authority::Address(at), metadata) };
         let dial = || {
             let (shared, pod, to) = (shared.clone(), self.pod.clone(), key.destination);
             async move { sockets::connect(&shared, &pod, to, None).await }

@@ -58,8 +58,8 @@ impl Place {
         let asked = || format!("hitless {}", command.join(" "));
         let output = Command::new(agent_binary()?).args(command).args(["--output", "json"]).args(&self.0).output()?;
         let rows = serde_json::Deserializer::from_slice(&output.stdout).into_iter().collect::<Result<Vec<Value>, _>>();
-        let rows = rows
-            .with_context(|| format!("{} prints no JSON: {}", asked(), String::from_utf8_lossy(&output.stderr)))?;
+        let rows =
+            rows.with_context(|| format!("{} prints no JSON: {}", asked(), String::from_utf8_lossy(&output.stderr)))?;
         if let Some(error) = rows.iter().find_map(|row| row["error"].as_str()) {
             bail!("{} failed: {error}", asked());
         }

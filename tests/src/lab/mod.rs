@@ -7,6 +7,7 @@
 pub mod agent;
 pub mod cleanup;
 pub mod control;
+pub mod mesh;
 pub mod net;
 pub mod node;
 pub mod packets;

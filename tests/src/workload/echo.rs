@@ -1,4 +1,5 @@
-//! Lines over TCP and datagrams over UDP, answered with the server's name before what was said.
+//! Lines over TCP and datagrams over UDP, answered with the server's name before what was said. Who asks `peer` is told
+//! whom the server sees.
 
 use std::{io, net::SocketAddr};
 
@@ -9,6 +10,7 @@ use tokio::{
 };
 
 pub(super) async fn lines(stream: TcpStream, name: &str, mut stopping: watch::Receiver<bool>) {
+    let peer = stream.peer_addr().map(|peer| SocketAddr::new(peer.ip().to_canonical(), peer.port()));
     let (reader, mut writer) = stream.into_split();
     let mut reader = BufReader::new(reader);
     let mut line = String::new();
@@ -20,6 +22,9 @@ pub(super) async fn lines(stream: TcpStream, name: &str, mut stopping: watch::Re
             Ok(_) => {}
         }
         let stop = if *stopping.borrow_and_update() { " stopping" } else { "" };
+        if let ("peer\n", Ok(peer)) = (line.as_str(), &peer) {
+            line = format!("{peer}\n");
+        }
         if writer.write_all(format!("{name}{stop} {line}").as_bytes()).await.is_err() {
             return;
         }

@@ -1,0 +1,53 @@
+//! What a lab's agents need for a mesh: an authority of their own, and policies in a file.
+
+use std::{
+    fs,
+    path::{Path, PathBuf},
+    time::{Duration, SystemTime},
+};
+
+use anyhow::Result;
+use dataplane_user::identity::ca::Root;
+
+/// The trust domain of the labs' meshes.
+pub const TRUST_DOMAIN: &str = "cluster.local";
+
+/// The authority and the policies of one lab, in a directory that goes with it.
+pub struct Mesh {
+    directory: tempfile::TempDir,
+}
+
+impl Mesh {
+    pub fn new() -> Result<Self> {
+        let directory = tempfile::tempdir()?;
+        let root = Root::new(TRUST_DOMAIN, Duration::from_secs(86_400), SystemTime::now())?;
+        let ca = directory.path().join("ca");
+        fs::create_dir(&ca)?;
+        fs::write(ca.join("tls.crt"), &root.certificate)?;
+        fs::write(ca.join("ca.crt"), &root.certificate)?;
+        fs::write(ca.join("tls.key"), root.key.as_str())?;
+        let mesh = Self { directory };
+        mesh.set_policies("")?;
+        Ok(mesh)
+    }
+
+    /// Further arguments of `hitless run`.
+    pub fn args(&self) -> Vec<String> {
+        let text = |path: &Path| path.to_string_lossy().into_owned();
+        let identity = format!("ca:{}", text(&self.directory.path().join("ca")));
+        let args = ["--mtls", "on", "--trust-domain", TRUST_DOMAIN, "--identity", &identity, "--policies"];
+        args.map(str::to_owned).into_iter().chain([text(&self.policies())]).collect()
+    }
+
+    /// Puts other policies in force, as Istio's objects in YAML.
+    pub fn set_policies(&self, yaml: &str) -> Result<()> {
+        let partial = self.directory.path().join("partial");
+        fs::write(&partial, yaml)?;
+        fs::rename(partial, self.policies())?;
+        Ok(())
+    }
+
+    fn policies(&self) -> PathBuf {
+        self.directory.path().join("policies.yaml")
+    }
+}

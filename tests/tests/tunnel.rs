@@ -1,0 +1,209 @@
+//! The mesh: connections between enrolled pods are carried in mutual TLS, and a dead application is never noticed.
+
+use std::{
+    io::{Read, Write},
+    net::SocketAddr,
+};
+
+use anyhow::Result;
+use hitless_tests::lab::{
+    control::Terms,
+    mesh::Mesh,
+    net::Family,
+    scene::{PORT, Scene, SceneSpec, Web, connect_from, eventually, who},
+};
+
+/// Two nodes of a mesh, and the pods of the service on these.
+fn mesh(webs: &[usize], more: &[&str]) -> Result<(Scene, Mesh)> {
+    let mesh = Mesh::new()?;
+    let mut agent_args = mesh.args();
+    agent_args.extend(more.iter().map(|arg| (*arg).to_owned()));
+    let scene = Scene::new(&SceneSpec { webs: webs.to_vec(), agent_args, ..SceneSpec::default() })?;
+    for pod in scene.webs.iter().map(|web| &web.pod).chain([&scene.client]) {
+        joined(&scene, pod.node, &pod.name);
+    }
+    Ok((scene, mesh))
+}
+
+fn joined(scene: &Scene, node: usize, pod: &str) {
+    let has_joined = || {
+        let status = scene.agent(node).status().expect("a status");
+        let rows = status["pods"].as_array().expect("pods").clone();
+        rows.iter().any(|row| row["name"] == pod && row["inMesh"] == true)
+    };
+    eventually(has_joined, &format!("{pod} joins the mesh"));
+}
+
+/// A counter of the tunnel, over the agents.
+fn tunnel(scene: &Scene, name: &str) -> u64 {
+    let of = |status: serde_json::Value| status["tunnel"][name].as_u64().unwrap_or_else(|| panic!("{name}: {status}"));
+    scene.agents.iter().map(|agent| of(agent.status().expect("a status"))).sum()
+}
+
+fn kill(web: &Web) {
+    web.server.sigkill().expect("kill");
+    web.server.wait().expect("wait");
+}
+
+/// Lines both ways, more than any buffer on the way holds, and the half-close.
+fn echoes(scene: &Scene, to: SocketAddr, name: &str) -> Result<()> {
+    const LINES: usize = 4096;
+    let mut stream = connect_from(&scene.client.place, to)?;
+    let line = |n: usize| format!("{n:01000}\n");
+    let mut half = stream.try_clone()?;
+    let writer = std::thread::spawn(move || -> Result<()> {
+        for n in 0..LINES {
+            half.write_all(line(n).as_bytes())?;
+        }
+        half.shutdown(std::net::Shutdown::Write)?;
+        Ok(())
+    });
+    let mut received = String::new();
+    stream.read_to_string(&mut received)?;
+    writer.join().expect("the writer")?;
+    let expected: String = (0..LINES).map(|n| format!("{name} {}", line(n))).collect();
+    assert!(received == expected, "{} bytes came back of {}", received.len(), expected.len());
+    Ok(())
+}
+
+#[test]
+fn a_service_of_another_node_is_reached_through_the_tunnel() -> Result<()> {
+    let (scene, _mesh) = mesh(&[2], &[])?;
+    for family in Family::BOTH {
+        let before = (tunnel(&scene, "outbound_tunnelled"), tunnel(&scene, "inbound_tunnelled"));
+        let mut stream = scene.connect(family)?;
+        assert_eq!(stream.peer_addr()?, scene.vip(family), "the application sees the service");
+        assert_eq!(who(&mut stream)?, scene.webs[0].name);
+        drop(stream);
+        echoes(&scene, scene.vip(family), &scene.webs[0].name)?;
+        assert_eq!(tunnel(&scene, "outbound_tunnelled"), before.0 + 2, "{family:?}");
+        assert_eq!(tunnel(&scene, "inbound_tunnelled"), before.1 + 2, "{family:?}");
+    }
+    Ok(())
+}
+
+#[test]
+fn a_pod_of_the_same_node_is_reached_without_a_second_tls() -> Result<()> {
+    let (scene, _mesh) = mesh(&[1], &[])?;
+    for family in Family::BOTH {
+        let before = tunnel(&scene, "outbound_local");
+        let mut stream = scene.connect(family)?;
+        assert_eq!(who(&mut stream)?, scene.webs[0].name);
+        drop(stream);
+        echoes(&scene, scene.vip(family), &scene.webs[0].name)?;
+        assert_eq!(tunnel(&scene, "outbound_local"), before + 2, "{family:?}");
+    }
+    assert_eq!(tunnel(&scene, "outbound_tunnelled"), 0);
+    Ok(())
+}
+
+#[test]
+fn with_local_tls_also_the_same_node_is_tunnelled() -> Result<()> {
+    let (scene, _mesh) = mesh(&[1], &["--local-tls", "on"])?;
+    assert_eq!(who(&mut scene.connect(Family::V4)?)?, scene.webs[0].name);
+    assert_eq!((tunnel(&scene, "outbound_local"), tunnel(&scene, "inbound_tunnelled")), (0, 1));
+    Ok(())
+}
+
+#[test]
+fn a_dead_application_is_never_noticed() -> Result<()> {
+    for webs in [[1, 2], [2, 2]] {
+        let (scene, _mesh) = mesh(&webs, &["--layers", "none"])?;
+        kill(&scene.webs[0]);
+        for family in Family::BOTH {
+            for n in 0..40 {
+                let mut stream = scene.connect(family)?;
+                let name = who(&mut stream).unwrap_or_else(|error| panic!("{family:?} {n}: {error}"));
+                assert_eq!(name, scene.webs[1].name);
+            }
+        }
+        assert!(tunnel(&scene, "outbound_repicked") > 0, "nobody met the dead one");
+        assert_eq!(tunnel(&scene, "outbound_failed"), 0);
+    }
+    Ok(())
+}
+
+#[test]
+fn what_was_named_by_address_is_never_another() -> Result<()> {
+    let (scene, _mesh) = mesh(&[2, 2], &[])?;
+    kill(&scene.webs[0]);
+    for addr in scene.webs[0].pod.addresses() {
+        let mut stream = connect_from(&scene.client.place, SocketAddr::new(addr, PORT))?;
+        assert!(who(&mut stream).is_err(), "a dead pod answered");
+    }
+    for addr in scene.webs[1].pod.addresses() {
+        let mut stream = connect_from(&scene.client.place, SocketAddr::new(addr, PORT))?;
+        assert_eq!(who(&mut stream)?, scene.webs[1].name);
+    }
+    assert_eq!(tunnel(&scene, "outbound_repicked"), 0);
+    assert!(tunnel(&scene, "outbound_tunnelled") >= 2, "pod addresses are tunnelled too");
+    Ok(())
+}
+
+#[test]
+fn a_strict_pod_takes_nothing_but_mutual_tls() -> Result<()> {
+    let (mut scene, mesh) = mesh(&[1, 2], &[])?;
+    let outsider = scene.lab.node(1).add_pod("outsider")?;
+    scene.control.add_pod(&outsider, &Terms { not_enrolled: true, ..Terms::default() })?;
+    let reaches = |scene: &Scene| -> Vec<bool> {
+        let addresses = scene.webs.iter().flat_map(|web| web.pod.addresses());
+        let asked = addresses.map(|addr| connect_from(&outsider.place, SocketAddr::new(addr, PORT)));
+        asked.map(|stream| stream.and_then(|mut stream| who(&mut stream)).is_ok()).collect()
+    };
+    assert_eq!(reaches(&scene), [true; 4], "permissive is the default");
+    mesh.set_policies(STRICT)?;
+    eventually(|| reaches(&scene) == [false; 4], "plaintext is refused");
+    for family in Family::BOTH {
+        for _ in 0..20 {
+            who(&mut scene.connect(family)?)?;
+        }
+    }
+    // One that comes later is strict from its first packet on.
+    let late = scene.add_web(2)?;
+    scene.webs.push(late);
+    assert_eq!(reaches(&scene), [false; 6]);
+    assert!(scene.counter("plaintext_refused")? > 0);
+    mesh.set_policies("")?;
+    eventually(|| reaches(&scene) == [true; 6], "plaintext is taken again");
+    Ok(())
+}
+
+const STRICT: &str = "
+apiVersion: security.istio.io/v1
+kind: PeerAuthentication
+metadata: {name: default, namespace: lab}
+spec: {mtls: {mode: STRICT}}
+";
+
+#[test]
+fn the_application_sees_who_the_client_is() -> Result<()> {
+    let (scene, _mesh) = mesh(&[1, 2], &[])?;
+    for family in Family::BOTH {
+        for web in &scene.webs {
+            let addr = web.pod.addresses()[family as usize];
+            let mut stream = connect_from(&scene.client.place, SocketAddr::new(addr, PORT))?;
+            stream.write_all(b"peer\n")?;
+            let mut answer = [0; 128];
+            let length = stream.read(&mut answer)?;
+            let answer = String::from_utf8_lossy(&answer[..length]).into_owned();
+            let client = SocketAddr::new(scene.client.addresses()[family as usize], stream.local_addr()?.port());
+            assert_eq!(answer, format!("{} {client}\n", web.name));
+        }
+    }
+    Ok(())
+}
+
+#[test]
+fn a_pod_that_joins_under_load_loses_no_connection() -> Result<()> {
+    let (mut scene, _mesh) = mesh(&[2], &[])?;
+    for round in 0..3 {
+        let web = scene.add_web(1 + round % 2)?;
+        for family in Family::BOTH {
+            for _ in 0..50 {
+                who(&mut scene.connect(family)?)?;
+            }
+        }
+        scene.webs.push(web);
+    }
+    Ok(())
+}
