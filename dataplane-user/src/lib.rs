@@ -5,6 +5,8 @@ pub mod agent;
 pub mod cli;
 pub mod config;
 pub mod doctor;
+#[doc(hidden)]
+pub mod fuzz;
 pub mod hbone;
 pub mod identity;
 pub mod kernel;

@@ -162,7 +162,7 @@ mod tests {
     }
 
     #[test]
-    fn the_agent_may_list_and_watch_five_resources_and_nothing_else() {
+    fn the_agent_may_list_and_watch_seven_resources_and_nothing_else() {
         let mut rules = BTreeSet::new();
         for rule in object("ClusterRole")["rules"].as_array().unwrap() {
             assert_eq!(words(&rule["verbs"]), ["list", "watch"].map(String::from).into(), "{rule}");
@@ -171,7 +171,15 @@ mod tests {
                 rules.extend(words(&rule["resources"]).into_iter().map(|resource| format!("{group}/{resource}")));
             }
         }
-        let wanted = ["/namespaces", "/nodes", "/pods", "/services", "discovery.k8s.io/endpointslices"];
+        let wanted = [
+            "/namespaces",
+            "/nodes",
+            "/pods",
+            "/services",
+            "discovery.k8s.io/endpointslices",
+            "security.istio.io/authorizationpolicies",
+            "security.istio.io/peerauthentications",
+        ];
         assert_eq!(rules, wanted.map(String::from).into());
         assert_eq!(
             object("ClusterRoleBinding")["subjects"][0]["name"],

@@ -3,6 +3,7 @@
 mod deploy;
 mod deps;
 mod ebpf;
+mod fuzz;
 mod gate;
 mod helm;
 mod image;
@@ -52,6 +53,8 @@ enum Task {
     Image(image::Options),
     /// Render the Helm chart to deploy/hitless.yaml, or check that they agree
     Deploy(deploy::Options),
+    /// Fuzz what strangers write (policies), each target for a while
+    Fuzz(fuzz::Options),
     /// Check formatting, dependencies, scripts, the chart and lints
     Check,
     /// Check the dependencies by deny.toml
@@ -93,6 +96,7 @@ fn run(task: Task) -> Result<()> {
         Task::Cluster(passed) => tasks::cluster(workspace, passed),
         Task::Image(options) => image::run(workspace, &options),
         Task::Deploy(options) => deploy::run(workspace, &options),
+        Task::Fuzz(options) => fuzz::run(workspace, &options),
         Task::Check => tasks::check(workspace),
         Task::Deps => deps::check(workspace),
         Task::Gate => gate::run(&workspace.object()),

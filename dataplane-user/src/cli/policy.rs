@@ -1,7 +1,7 @@
 //! `hitless policy`: what policy files say, and why a connection would be let in or refused.
 
 use std::{
-    collections::BTreeMap,
+    collections::{BTreeMap, BTreeSet},
     fmt::Write,
     net::{IpAddr, Ipv4Addr},
     path::PathBuf,
@@ -20,7 +20,7 @@ use crate::{
     policy::{
         Explanation, Origin, Policies, ROOT_NAMESPACE, Request, Workload,
         file::{self, Contents},
-        object::{Body, Kind},
+        object::{Body, Key, Kind},
     },
     source::parse,
 };
@@ -176,12 +176,12 @@ enum Status {
 
 pub fn check(args: &CheckArgs) -> anyhow::Result<ExitCode> {
     let mut checked = Vec::new();
-    let mut policies = Policies::new(&args.root.root_namespace);
+    let mut seen = BTreeSet::new();
     for path in &args.files {
         for path in file::files(path)? {
             let name = path.display().to_string();
             match file::read_file(&path) {
-                Ok(contents) => checked.extend(check_contents(&name, contents, &mut policies)),
+                Ok(contents) => checked.extend(check_contents(&name, contents, &args.root.root_namespace, &mut seen)),
                 Err(error) => {
                     checked.push(Checked {
                         object: None,
@@ -201,21 +201,20 @@ pub fn check(args: &CheckArgs) -> anyhow::Result<ExitCode> {
     Ok(if bad { ExitCode::FAILURE } else { ExitCode::SUCCESS })
 }
 
-fn check_contents(file: &str, contents: Contents, policies: &mut Policies) -> Vec<Checked> {
+/// `seen`: what the files before had.
+fn check_contents(file: &str, contents: Contents, root: &str, seen: &mut BTreeSet<Key>) -> Vec<Checked> {
     let mut found = Vec::new();
     let mut add = |object: Option<String>, status, notes| {
         found.push(Checked { object, file: file.to_owned(), status, notes });
     };
     for object in contents.objects {
         let name = object.key.to_string();
-        let twice =
-            policies.standing().iter().any(|one| one.kind == object.key.kind.name() && one.name == object.key.name);
-        if twice {
+        if !seen.insert(object.key.clone()) {
             add(Some(name), Status::Malformed, vec!["is given twice: the first counts".into()]);
             continue;
         }
         let skipped = matches!(object.body, Body::Skipped(_));
-        let outcome = policies.upsert(Origin::File, object);
+        let outcome = Policies::new(root).upsert(Origin::File, object);
         let status = match (outcome.problems.is_empty(), outcome.warnings.is_empty()) {
             (false, _) => Status::Malformed,
             (true, _) if skipped => Status::PassedOver,
@@ -382,7 +381,7 @@ metadata: {name: db}
     #[test]
     fn files_are_checked_object_by_object() {
         let contents = file::contents(POLICIES).unwrap();
-        let checked = check_contents("p.yaml", contents, &mut Policies::new(ROOT_NAMESPACE));
+        let checked = check_contents("p.yaml", contents, ROOT_NAMESPACE, &mut BTreeSet::new());
         let status: Vec<_> = checked.iter().map(|one| one.status).collect();
         assert_eq!(status, [Status::Ok, Status::Warning, Status::Malformed, Status::PassedOver], "{checked:?}");
         let text = text(&checked);

@@ -65,6 +65,13 @@ impl Enforcement {
         self.current.subscribe()
     }
 
+    /// Waits until every source that is followed has told all it has: before that nothing should be let in where any
+    /// policy might forbid it.
+    pub async fn settled(&self) {
+        // The sender lives as long as `self`.
+        let _ = self.subscribe().wait_for(|snapshot| snapshot.settled()).await;
+    }
+
     /// The policies of a workload that are in force now.
     pub fn of(&self, workload: &Workload) -> Arc<Selected> {
         let snapshot = self.snapshot();

@@ -62,6 +62,15 @@ pub struct Parsed {
     pub warnings: Vec<String>,
 }
 
+/// A policy that is in Istio's own form already (workload discovery).
+impl From<Authorization> for Parsed {
+    fn from(policy: Authorization) -> Self {
+        let name = format!("{}/{}", policy.namespace, policy.name).into();
+        let key = Key { kind: Kind::AuthorizationPolicy, name };
+        Self { key, body: Body::Authorization(policy), warnings: Vec::new() }
+    }
+}
+
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Body {
     Authorization(Authorization),
@@ -338,31 +347,30 @@ impl Reader {
         let spec = self.spec(object)?;
         self.others(spec, &["selector", "mtls", "portLevelMtls"], "spec");
         let selector = self.selector(spec).ok()?;
-        let mode = match self.object(spec, "mtls", "spec") {
+        let mut mode = match self.object(spec, "mtls", "spec") {
             Ok(mtls) => mtls.and_then(|mtls| self.mode(mtls, "spec.mtls")),
             Err(()) => Some(Mode::Strict),
         };
         let mut ports = BTreeMap::new();
-        match self.object(spec, "portLevelMtls", "spec") {
-            Ok(levels) => {
-                for (port, mtls) in levels.into_iter().flatten() {
-                    let at = format!("spec.portLevelMtls.{}", shown(port));
-                    let Some(port) = port_number(port) else {
-                        self.mistake(&at, "no port: ports are 1..=65535");
-                        continue;
-                    };
-                    let mode = match mtls {
-                        Value::Null => None,
-                        Value::Object(mtls) => self.mode(mtls, &at),
-                        other => {
-                            self.mistake(&at, format_args!("{} where an object belongs", found(other)));
-                            Some(Mode::Strict)
-                        }
-                    };
-                    ports.insert(port, mode);
+        let levels = self.object(spec, "portLevelMtls", "spec").unwrap_or_else(|()| {
+            mode = Some(Mode::Strict);
+            None
+        });
+        for (port, mtls) in levels.into_iter().flatten() {
+            let at = format!("spec.portLevelMtls.{}", shown(port));
+            let Some(port) = port_number(port) else {
+                self.mistake(&at, "no port: ports are 1..=65535");
+                continue;
+            };
+            let mode = match mtls {
+                Value::Null => None,
+                Value::Object(mtls) => self.mode(mtls, &at),
+                other => {
+                    self.mistake(&at, format_args!("{} where an object belongs", found(other)));
+                    Some(Mode::Strict)
                 }
-            }
-            Err(()) => {}
+            };
+            ports.insert(port, mode);
         }
         if selector.as_ref().is_none_or(Labels::is_empty) && !ports.is_empty() {
             self.warnings.push("spec.portLevelMtls counts only beside a selector: it is passed over".into());

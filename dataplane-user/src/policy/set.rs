@@ -62,6 +62,8 @@ pub struct Policies {
     counters: HashMap<Id, Arc<Counters>>,
     /// Objects that were refused, ever.
     malformed: u64,
+    /// What sources are still to tell for the first time.
+    awaited: BTreeSet<(Origin, Kind)>,
     /// What was told of each, so that it is told once.
     told: BTreeMap<Id, Vec<String>>,
     dirty: bool,
@@ -107,28 +109,46 @@ pub struct Standing {
 impl Policies {
     pub fn new(root_namespace: &str) -> Self {
         let root: Arc<str> = root_namespace.into();
-        let snapshot = Arc::new(Snapshot { root: root.clone(), ..Snapshot::default() });
+        let snapshot = Arc::new(Snapshot { root: root.clone(), settled: true, ..Snapshot::default() });
         Self {
             root,
             objects: BTreeMap::new(),
             counters: HashMap::new(),
             malformed: 0,
+            awaited: BTreeSet::new(),
             told: BTreeMap::new(),
             dirty: false,
             snapshot,
         }
     }
 
+    /// Says that a source will tell all it has of these kinds: until then [`Snapshot::settled`] is false, because a
+    /// policy that is not known yet lets everybody in.
+    pub fn await_source(&mut self, origin: Origin, kinds: &[Kind]) -> Outcome {
+        self.awaited.extend(kinds.iter().map(|kind| (origin, *kind)));
+        self.dirty = true;
+        self.finish(Outcome::default())
+    }
+
     /// Takes one object in, new or changed.
     pub fn upsert(&mut self, origin: Origin, object: Parsed) -> Outcome {
-        let mut outcome = Outcome::default();
-        self.take(origin, object, &mut outcome);
-        self.finish(outcome)
+        self.apply(origin, [object], &[])
     }
 
     pub fn delete(&mut self, origin: Origin, key: &Key) -> Outcome {
-        self.remove(&(origin, key.clone()));
-        self.finish(Outcome::default())
+        self.apply(origin, [], std::slice::from_ref(key))
+    }
+
+    /// Takes several changes in at once: one snapshot for all of them.
+    pub fn apply(&mut self, origin: Origin, changed: impl IntoIterator<Item = Parsed>, gone: &[Key]) -> Outcome {
+        let mut outcome = Outcome::default();
+        for object in changed {
+            self.take(origin, object, &mut outcome);
+        }
+        for key in gone {
+            self.remove(&(origin, key.clone()));
+        }
+        self.finish(outcome)
     }
 
     /// Takes all that a source has of these kinds: what it does not name is gone.
@@ -150,14 +170,10 @@ impl Policies {
         for id in gone {
             self.remove(&id);
         }
+        for kind in kinds {
+            self.dirty |= self.awaited.remove(&(origin, *kind));
+        }
         self.finish(outcome)
-    }
-
-    /// Takes a policy in that is in Istio's own form already (workload discovery).
-    pub fn upsert_authorization(&mut self, origin: Origin, policy: Authorization) -> Outcome {
-        let name = format!("{}/{}", policy.namespace, policy.name).into();
-        let key = Key { kind: Kind::AuthorizationPolicy, name };
-        self.upsert(origin, Parsed { key, body: Body::Authorization(policy), warnings: Vec::new() })
     }
 
     /// What is in force now.
@@ -225,7 +241,7 @@ impl Policies {
             None => before.cloned().unwrap_or(State::Nothing),
             Some(state) => {
                 let same = before.is_some_and(|before| before.same(&state));
-                self.dirty |= !same && !(before.is_none() && matches!(state, State::Nothing));
+                self.dirty |= !(same || before.is_none() && matches!(state, State::Nothing));
                 // An equal version keeps its place in memory, and what was selected of it.
                 if same { before.cloned().unwrap_or(state) } else { state }
             }
@@ -286,7 +302,13 @@ impl Policies {
     fn finish(&mut self, mut outcome: Outcome) -> Outcome {
         if std::mem::take(&mut self.dirty) {
             let states = self.objects.values().map(|held| &held.state);
-            self.snapshot = Arc::new(Snapshot::new(self.root.clone(), self.snapshot.generation + 1, states));
+            let fresh = Snapshot {
+                generation: self.snapshot.generation + 1,
+                root: self.root.clone(),
+                settled: self.awaited.is_empty(),
+                ..Snapshot::default()
+            };
+            self.snapshot = Arc::new(fresh.with(states));
             outcome.changed = true;
         }
         outcome
@@ -308,6 +330,7 @@ impl State {
 #[derive(Debug, Default)]
 pub struct Snapshot {
     generation: u64,
+    settled: bool,
     root: Arc<str>,
     namespaces: HashMap<Arc<str>, OfNamespace>,
     /// For every workload, or for those of every namespace with certain labels.
@@ -324,8 +347,8 @@ struct OfNamespace {
 }
 
 impl Snapshot {
-    fn new<'a>(root: Arc<str>, generation: u64, states: impl Iterator<Item = &'a State>) -> Self {
-        let mut this = Self { generation, root, ..Self::default() };
+    fn with<'a>(self, states: impl Iterator<Item = &'a State>) -> Self {
+        let mut this = self;
         for state in states {
             match state {
                 State::Authorization(policy) => this.add(policy.clone()),
@@ -361,6 +384,11 @@ impl Snapshot {
     /// Grows with every change.
     pub fn generation(&self) -> u64 {
         self.generation
+    }
+
+    /// Has every source told all it has once?
+    pub fn settled(&self) -> bool {
+        self.settled
     }
 
     pub fn root_namespace(&self) -> &str {

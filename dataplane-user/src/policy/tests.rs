@@ -310,6 +310,7 @@ fn what_was_malformed_from_the_start_is_enforced_at_its_most_careful() {
         (json!({"mtls": "STRICT"}), Mode::Strict),
         (json!({"selector": 5, "mtls": {"mode": "STRICT"}}), Mode::Permissive),
         (json!({"selector": labels, "portLevelMtls": {"80": 5}}), Mode::Strict),
+        (json!({"selector": labels, "mtls": {"mode": "DISABLE"}, "portLevelMtls": []}), Mode::Strict),
         (json!({"selector": labels, "portLevelMtls": {"65536": {"mode": "STRICT"}}}), Mode::Permissive),
     ] {
         let mut policies = Policies::new(ROOT_NAMESPACE);
@@ -495,6 +496,21 @@ fn a_source_owns_what_it_told() {
 }
 
 #[test]
+fn nothing_is_settled_before_every_source_has_told_all_it_has() {
+    let mut policies = Policies::new(ROOT_NAMESPACE);
+    assert!(policies.snapshot().settled(), "without sources there is nothing to wait for");
+    let kinds = [Kind::AuthorizationPolicy, Kind::PeerAuthentication];
+    assert!(policies.await_source(Origin::Kube, &kinds).changed);
+    policies.upsert(Origin::Kube, parse(&peer("shop", "p", json!({"mtls": {"mode": "STRICT"}}))));
+    assert!(!policies.snapshot().settled());
+    policies.sync(Origin::Kube, &kinds[..1], Vec::new());
+    policies.sync(Origin::File, &kinds, Vec::new());
+    assert!(!policies.snapshot().settled());
+    assert!(policies.sync(Origin::Kube, &kinds[1..], Vec::new()).changed);
+    assert!(policies.snapshot().settled());
+}
+
+#[test]
 fn policies_in_istiods_form_are_attached_by_name() {
     let attached = Authorization {
         namespace: "istio-system".into(),
@@ -511,7 +527,7 @@ fn policies_in_istiods_form_are_attached_by_name() {
         }],
     };
     let mut policies = Policies::new(ROOT_NAMESPACE);
-    policies.upsert_authorization(Origin::Istiod, attached);
+    policies.upsert(Origin::Istiod, attached.into());
     let mut to = workload("shop", &[]);
     assert!(ask(&policies, &to, "10.0.0.1", 80).allow);
     to.policies.push("istio-system/istio_converted_static_strict".into());

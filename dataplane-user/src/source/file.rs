@@ -25,11 +25,11 @@ use crate::{agent::core::Shared, kernel::monotonic_ns, model::Event};
 const LOOK_AGAIN: Duration = Duration::from_secs(2);
 
 /// How long a file that nobody announced must have been left alone.
-const SETTLE: Duration = Duration::from_millis(100);
+pub(super) const SETTLE: Duration = Duration::from_millis(100);
 
 /// Which file a path leads to, and in which state.
 #[derive(Clone, Debug, PartialEq, Eq)]
-struct Version {
+pub(super) struct Version {
     target: PathBuf,
     inode: (u64, u64),
     modified: (i64, i64),
@@ -37,7 +37,7 @@ struct Version {
 }
 
 impl Version {
-    fn of(path: &Path) -> io::Result<Self> {
+    pub(super) fn of(path: &Path) -> io::Result<Self> {
         let target = fs::canonicalize(path)?;
         let meta = fs::metadata(&target)?;
         Ok(Self {
@@ -49,7 +49,7 @@ impl Version {
     }
 
     /// Was it written within [`SETTLE`]?
-    fn fresh(&self) -> bool {
+    pub(super) fn fresh(&self) -> bool {
         let modified = Duration::new(self.modified.0.max(0) as u64, self.modified.1.max(0) as u32);
         let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
         now.checked_sub(modified).is_none_or(|age| age < SETTLE) && now + SETTLE > modified
@@ -58,7 +58,7 @@ impl Version {
 
 /// Follows the file for as long as the agent runs. `reread` is rung by SIGHUP.
 pub async fn watch(path: PathBuf, core: Shared, reread: Rc<Notify>) -> io::Result<()> {
-    let mut watcher = Watcher::new(&path);
+    let mut watcher = Watcher::new(directories(&path));
     let mut taken = None;
     let (mut forced, mut told) = (true, true);
     loop {
@@ -85,7 +85,7 @@ pub async fn watch(path: PathBuf, core: Shared, reread: Rc<Notify>) -> io::Resul
             () = watcher.changed() => (false, true),
             () = reread.notified() => (true, true),
             () = tokio::time::sleep(LOOK_AGAIN) => {
-                watcher.renew(&path);
+                watcher.renew(directories(&path));
                 (false, false)
             }
         };
@@ -113,45 +113,61 @@ async fn take(path: &Path, core: &Shared) -> io::Result<()> {
     Ok(())
 }
 
-/// inotify on the file's directory, and on that of what it links to.
-struct Watcher {
+/// The file's directory, and that of what it links to.
+fn directories(path: &Path) -> Vec<PathBuf> {
+    let mut directories = vec![parent(path)];
+    if let Ok(target) = fs::canonicalize(path) {
+        directories.push(parent(&target));
+    }
+    directories.dedup();
+    directories
+}
+
+/// inotify on directories.
+pub(super) struct Watcher {
     events: Option<EventStream<[u8; 4096]>>,
     directories: Vec<PathBuf>,
+    mask: WatchMask,
 }
 
 impl Watcher {
-    fn new(path: &Path) -> Self {
-        let mut this = Self { events: None, directories: Vec::new() };
-        this.renew(path);
+    fn new(directories: Vec<PathBuf>) -> Self {
+        // Not CREATE, not MODIFY: a file that is being written is looked at when it is closed.
+        Self::with_mask(directories, WatchMask::CLOSE_WRITE | WatchMask::MOVED_TO)
+    }
+
+    /// For whom a file that goes means something, too.
+    pub(super) fn with_removals(directories: Vec<PathBuf>) -> Self {
+        let removals = WatchMask::DELETE | WatchMask::MOVED_FROM | WatchMask::DELETE_SELF | WatchMask::MOVE_SELF;
+        Self::with_mask(directories, WatchMask::CLOSE_WRITE | WatchMask::MOVED_TO | removals)
+    }
+
+    fn with_mask(directories: Vec<PathBuf>, mask: WatchMask) -> Self {
+        let mut this = Self { events: None, directories: Vec::new(), mask };
+        this.renew(directories);
         this
     }
 
     /// Watches afresh when the directories are others now.
-    fn renew(&mut self, path: &Path) {
-        let mut directories = vec![parent(path)];
-        if let Ok(target) = fs::canonicalize(path) {
-            directories.push(parent(&target));
-        }
-        directories.dedup();
+    pub(super) fn renew(&mut self, directories: Vec<PathBuf>) {
         if self.events.is_some() && directories == self.directories {
             return;
         }
-        match open(&directories) {
-            Ok(events) => {
-                self.events = Some(events);
-                self.directories = directories;
-            }
+        match open(&directories, self.mask) {
+            Ok(events) => self.events = Some(events),
             Err(error) => {
                 if self.events.take().is_some() || self.directories.is_empty() {
-                    warn!(%error, path = %path.display(), "cannot watch; looking every 2 s instead");
+                    let paths =
+                        directories.iter().map(|path| path.display().to_string()).collect::<Vec<_>>().join(", ");
+                    warn!(%error, paths, "cannot watch; looking every 2 s instead");
                 }
-                self.directories = directories;
             }
         }
+        self.directories = directories;
     }
 
     /// Something happened in the directories.
-    async fn changed(&mut self) {
+    pub(super) async fn changed(&mut self) {
         match &mut self.events {
             Some(events) => {
                 if !matches!(events.next().await, Some(Ok(_))) {
@@ -163,12 +179,10 @@ impl Watcher {
     }
 }
 
-fn open(directories: &[PathBuf]) -> io::Result<EventStream<[u8; 4096]>> {
+fn open(directories: &[PathBuf], mask: WatchMask) -> io::Result<EventStream<[u8; 4096]>> {
     let inotify = Inotify::init()?;
     let mut last = Ok(());
     let mut any = false;
-    // Not CREATE, not MODIFY: a file that is being written is looked at when it is closed.
-    let mask = WatchMask::CLOSE_WRITE | WatchMask::MOVED_TO;
     for directory in directories {
         match inotify.watches().add(directory, mask) {
             Ok(_) => any = true,
@@ -181,7 +195,7 @@ fn open(directories: &[PathBuf]) -> io::Result<EventStream<[u8; 4096]>> {
     inotify.into_event_stream([0; 4096])
 }
 
-fn parent(path: &Path) -> PathBuf {
+pub(super) fn parent(path: &Path) -> PathBuf {
     match path.parent() {
         Some(parent) if parent != Path::new("") => parent.to_owned(),
         _ => PathBuf::from("."),

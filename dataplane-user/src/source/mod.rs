@@ -3,4 +3,5 @@
 pub mod file;
 pub mod kube;
 pub mod parse;
+pub mod policies;
 pub mod stream;

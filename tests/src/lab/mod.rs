@@ -98,7 +98,7 @@ impl Lab {
         nix::mount::mount(Some("bpf"), &bpffs, Some("bpf"), nix::mount::MsFlags::empty(), None::<&str>)
             .with_context(|| format!("mount a bpffs at {} (root is needed)", bpffs.display()))?;
         let cgroup = id.cgroup()?;
-        fs::create_dir_all(cgroup.join("agents")).with_context(|| format!("create cgroup {}", cgroup.display()))?;
+        fs::create_dir_all(&cgroup).with_context(|| format!("create cgroup {}", cgroup.display()))?;
 
         let fabric = Netns::create(&id, "fabric")?;
         ip(

@@ -42,9 +42,12 @@ impl Place {
         self.start(args, true, &self.cgroup)
     }
 
-    /// Start the node's agent: in the machine's PID namespace, outside the cgroup that it attaches to.
+    /// Start the node's agent: in the machine's PID namespace, and below the cgroup that it attaches to, as it is where
+    /// that is the root.
     pub(super) fn start_agent(&self, args: &[String]) -> Result<Process> {
-        self.start(args, false, &self.site.cgroup.join("agents"))
+        let cgroup = self.cgroup.with_file_name("agent");
+        std::fs::create_dir_all(&cgroup)?;
+        self.start(args, false, &cgroup)
     }
 
     fn start<S: AsRef<str>>(&self, args: &[S], container: bool, cgroup: &Path) -> Result<Process> {

@@ -33,6 +33,8 @@ const SILENCE: Duration = Duration::from_secs(150);
 const LIST_WITHIN: Duration = Duration::from_secs(60);
 /// A watch that ends sooner came to nothing.
 const SHORT: Duration = Duration::from_secs(1);
+/// Before a kind that is not there is looked for again: nodes are many, and CRDs are installed once.
+const ABSENT: Duration = Duration::from_secs(30);
 /// The pause after a failure, doubling between these.
 const PAUSE: [Duration; 2] = [Duration::from_millis(100), Duration::from_secs(5)];
 
@@ -63,6 +65,8 @@ pub struct Failure {
     pub reason: String,
     /// Asking again is of no use until somebody grants it.
     pub forbidden: bool,
+    /// The API server knows no such kind: its CRD is not installed.
+    pub absent: bool,
 }
 
 /// Lists and follows; `fields` selects (`spec.nodeName=a`), empty for all. `tell` gets each word with the
@@ -291,28 +295,34 @@ fn code(error: &Error) -> Option<u16> {
     }
 }
 
-/// What the server asks for when it is asked too much (429, 503).
+/// What the server asks for when it is asked too much (429, 503), or what is due to it.
 fn retry_after(error: &Error) -> Option<Duration> {
     let Error::Api(status) = error else { return None };
+    if status.code == StatusCode::NOT_FOUND.as_u16() {
+        return Some(ABSENT);
+    }
     let seconds = status.details.as_ref()?.retry_after_seconds;
     (seconds > 0).then(|| Duration::from_secs(u64::from(seconds).min(60)))
 }
 
 pub(super) fn explain<T: Object>(error: &Error) -> Failure {
-    let kind = T::KIND;
+    // As the API names the collection.
+    let kinds = T::PATH.rsplit('/').next().unwrap_or(T::PATH);
     let reason = match error {
         Error::Api(status) => match status.code {
-            401 => format!("{kind}s: not accepted by the API server: its token or certificate is not valid (any more)"),
+            401 => format!("{kinds}: not accepted by the API server: its token or certificate is not valid (any more)"),
             403 => format!(
-                "{kind}s: {}: grant list and watch of {kind}s (the chart's ClusterRole does)",
+                "{kinds}: {}: grant list and watch of {kinds} (the chart's ClusterRole does)",
                 status.message.trim_end_matches('.')
             ),
-            429 => format!("{kind}s: the API server asks for patience: {}", status.message),
-            _ => format!("{kind}s: {}", status.message),
+            404 => format!("{kinds}: the API server serves no /{}: its CRD is not installed", T::PATH),
+            429 => format!("{kinds}: the API server asks for patience: {}", status.message),
+            _ => format!("{kinds}: {}", status.message),
         },
-        error => format!("{kind}s: {}: is the API server reachable from this node?", Causes(error)),
+        error => format!("{kinds}: {}: is the API server reachable from this node?", Causes(error)),
     };
-    Failure { reason, forbidden: code(error) == Some(StatusCode::FORBIDDEN.as_u16()) }
+    let is = |status: StatusCode| code(error) == Some(status.as_u16());
+    Failure { reason, forbidden: is(StatusCode::FORBIDDEN), absent: is(StatusCode::NOT_FOUND) }
 }
 
 /// An error with what is behind it, each part said once.
