@@ -134,7 +134,7 @@ impl Connection {
             tls.get_mut().1.set_buffer_limit(Some(TLS_BUFFER));
             let peer = peer_of(tls.get_ref().1)?;
             let failure = Rc::new(OnceCell::new());
-            let io = Secure::new(tls.into(), failure.clone());
+            let io = Secure::new(tls.into(), 0, failure.clone());
             let (send, driver) = h2::client::Builder::new()
                 .enable_push(false)
                 .initial_window_size(STREAM_WINDOW)

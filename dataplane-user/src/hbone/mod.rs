@@ -3,6 +3,7 @@
 //! A library over tokio sockets that others opened: it decides neither where to connect nor who may. It runs on
 //! current-thread runtimes inside a `LocalSet`; nothing here is shared between workers.
 
+mod bounds;
 pub mod client;
 pub mod headers;
 mod keepalive;

@@ -16,7 +16,10 @@ use tokio::{
 };
 use tokio_rustls::TlsStream;
 
-use super::tls::{TlsError, reason_of};
+use super::{
+    bounds::Meter,
+    tls::{TlsError, reason_of},
+};
 
 /// rustls asks for 4 KiB at a time, whatever is waiting: a bulk transfer would cost a system call for every 4 KiB.
 /// Below glibc's threshold for a mapping of its own, so that taking and giving back the buffer is cheap.
@@ -130,12 +133,14 @@ pub(super) const TLS_BUFFER: usize = 256 << 10;
 /// TLS over the socket. Remembers why it failed, because h2 keeps only the text of an error.
 pub(super) struct Secure {
     tls: TlsStream<Pipe>,
+    meter: Meter,
     failure: Rc<OnceCell<TlsError>>,
 }
 
 impl Secure {
-    pub(super) fn new(tls: TlsStream<Pipe>, failure: Rc<OnceCell<TlsError>>) -> Self {
-        Self { tls, failure }
+    /// `preface` bytes will come before the first frame.
+    pub(super) fn new(tls: TlsStream<Pipe>, preface: usize, failure: Rc<OnceCell<TlsError>>) -> Self {
+        Self { tls, meter: Meter::new(preface), failure }
     }
 
     fn note<T>(&self, result: Poll<io::Result<T>>) -> Poll<io::Result<T>> {
@@ -149,8 +154,9 @@ impl Secure {
 
 impl AsyncRead for Secure {
     fn poll_read(mut self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
+        let before = buf.filled().len();
         let result = Pin::new(&mut self.tls).poll_read(cx, buf);
-        self.note(result)
+        self.note(result)?.map(|()| self.meter.read(&buf.filled()[before..]).map_err(io::Error::other))
     }
 }
 

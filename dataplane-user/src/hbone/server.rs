@@ -25,6 +25,7 @@ use tokio_rustls::TlsAcceptor;
 
 use super::{
     CONNECTION_WINDOW, MAX_FRAME, MAX_HEADER_LIST, STREAM_WINDOW, Stream, Timeouts,
+    bounds::PREFACE,
     headers::{Authority, BAGGAGE, Baggage, Metadata},
     keepalive::{self, End, Load, Place},
     pipe::{Pipe, Secure, TLS_BUFFER},
@@ -265,7 +266,7 @@ async fn accept(pipe: Pipe, config: Arc<ServerConfig>) -> Result<(Secure, Peer),
     };
     tls.get_mut().1.set_buffer_limit(Some(TLS_BUFFER));
     let client = peer_of(tls.get_ref().1)?;
-    Ok((Secure::new(tls.into(), Rc::default()), client))
+    Ok((Secure::new(tls.into(), PREFACE, Rc::default()), client))
 }
 
 /// Hands one request to the service, or answers it here when it is no CONNECT to anywhere.

@@ -265,10 +265,10 @@ impl Verifier {
         match error {
             webpki::Error::CertExpired { not_after, .. } => TlsError::Expired(not_after.as_secs()),
             webpki::Error::CertNotValidYet { not_before, .. } => TlsError::NotYetValid(not_before.as_secs()),
-            // An end entity that is its own issuer has no root here either.
-            webpki::Error::UnknownIssuer | webpki::Error::CaUsedAsEndEntity => {
-                TlsError::UnknownRoot(self.trust.trust_domain.clone())
-            }
+            // A root may have the name of one of ours and another key.
+            webpki::Error::UnknownIssuer
+            | webpki::Error::CaUsedAsEndEntity
+            | webpki::Error::InvalidSignatureForPublicKey => TlsError::UnknownRoot(self.trust.trust_domain.clone()),
             webpki::Error::RequiredEkuNotFoundContext(_) => TlsError::WrongPurpose,
             e => TlsError::BadCertificate(format!("{e:?}")),
         }

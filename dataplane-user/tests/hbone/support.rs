@@ -1,4 +1,5 @@
 //! A certificate authority, pods with identities, and a server to talk to, all on loopback.
+#![allow(dead_code, reason = "each suite uses its part")]
 
 use std::{
     cell::{Cell, RefCell},
@@ -45,6 +46,7 @@ pub fn worker<F: Future>(test: F) -> F::Output {
 
 pub struct Ca {
     issuer: Issuer<'static, KeyPair>,
+    root: rcgen::Certificate,
     pub trust: Arc<TrustBundle>,
 }
 
@@ -75,7 +77,7 @@ impl Ca {
         let mut roots = RootCertStore::empty();
         roots.add(cert.der().clone()).unwrap();
         let trust = Arc::new(TrustBundle { trust_domain: trust_domain.into(), roots: Arc::new(roots) });
-        Self { issuer: Issuer::new(params, key), trust }
+        Self { issuer: Issuer::new(params, key), root: cert, trust }
     }
 
     pub fn credential(&self, id: &SpiffeId) -> Credential {
@@ -83,6 +85,30 @@ impl Ca {
     }
 
     pub fn credential_like(&self, id: &SpiffeId, leaf: &Leaf) -> Credential {
+        let (cert, key, not_before, not_after) = self.certificate(leaf);
+        let der = PrivateKeyDer::Pkcs8(PrivatePkcs8KeyDer::from(key.serialize_der()));
+        let signer = rustls::crypto::aws_lc_rs::sign::any_supported_type(&der).unwrap();
+        Credential {
+            id: id.clone(),
+            key: Arc::new(CertifiedKey::new(vec![cert.der().clone()], signer)),
+            trust: self.trust.clone(),
+            not_before,
+            not_after,
+            serial: String::new(),
+        }
+    }
+
+    /// For programs that read files: chain and key.
+    pub fn pem(&self, id: &SpiffeId) -> (String, String) {
+        let (cert, key, ..) = self.certificate(&Leaf::of(id));
+        (cert.pem(), key.serialize_pem())
+    }
+
+    pub fn root_pem(&self) -> String {
+        self.root.pem()
+    }
+
+    fn certificate(&self, leaf: &Leaf) -> (rcgen::Certificate, KeyPair, SystemTime, SystemTime) {
         let mut params = CertificateParams::default();
         params.subject_alt_names = leaf.names.iter().map(|n| SanType::URI(n.as_str().try_into().unwrap())).collect();
         let now = SystemTime::now();
@@ -99,16 +125,7 @@ impl Ca {
         } else {
             params.signed_by(&key, &self.issuer).unwrap()
         };
-        let der = PrivateKeyDer::Pkcs8(PrivatePkcs8KeyDer::from(key.serialize_der()));
-        let signer = rustls::crypto::aws_lc_rs::sign::any_supported_type(&der).unwrap();
-        Credential {
-            id: id.clone(),
-            key: Arc::new(CertifiedKey::new(vec![cert.der().clone()], signer)),
-            trust: self.trust.clone(),
-            not_before,
-            not_after,
-            serial: String::new(),
-        }
+        (cert, key, not_before, not_after)
     }
 
     pub fn context(&self, id: &SpiffeId) -> Rc<Context> {
