@@ -1,5 +1,6 @@
 //! The command line: `hitless run` and what looks after it.
 
+mod ca;
 mod config;
 mod doctor;
 mod endpoints;
@@ -76,6 +77,9 @@ enum Command {
     /// What a running agent was told
     #[command(subcommand)]
     Config(ConfigCommand),
+    /// The mesh's own certificate authority
+    #[command(subcommand)]
+    Ca(ca::CaCommand),
     /// Check this machine: kernel, BTF, cgroup2, bpffs, capabilities, limits; each lack with its remedy
     #[command(after_help = "Exit status: 0 hitless works here; 1 it does not.")]
     Doctor(LookArgs),
@@ -213,6 +217,7 @@ pub fn main() -> ExitCode {
         | Command::Rollout(RolloutCommand::Report(look))
         | Command::Doctor(look)
         | Command::Uninstall(look) => look.output,
+        Command::Ca(ca::CaCommand::Init(args)) => args.output,
         Command::Config(ConfigCommand::Dump(args)) if args.output == config::Format::Json => Output::Json,
         Command::Config(_) | Command::Completions { .. } | Command::Canary => Output::Table,
     };
@@ -247,6 +252,7 @@ fn run(command: Command, matches: &ArgMatches) -> anyhow::Result<ExitCode> {
         Command::Drain(DrainCommand::Watch { once, look }) => rollout::watch(!once, &look),
         Command::Rollout(RolloutCommand::Report(look)) => rollout::report(&look),
         Command::Config(ConfigCommand::Dump(args)) => config::dump(&args),
+        Command::Ca(command) => ca::run(&command),
         Command::Doctor(look) => doctor::run(&look),
         Command::Uninstall(look) => uninstall(&look),
         Command::Completions { shell } => {
