@@ -5,4 +5,5 @@ pub mod cluster;
 pub mod demo;
 pub mod lab;
 pub mod observe;
+pub mod spire;
 pub mod workload;

@@ -1,5 +1,6 @@
 //! The command line: `hitless run` and what looks after it.
 
+mod ca;
 mod config;
 mod doctor;
 mod endpoints;
@@ -80,6 +81,9 @@ enum Command {
     /// Who may talk to whom: check policy files, explain a decision
     #[command(subcommand)]
     Policy(PolicyCommand),
+    /// The mesh's own certificate authority
+    #[command(subcommand)]
+    Ca(ca::CaCommand),
     /// Check this machine: kernel, BTF, cgroup2, bpffs, capabilities, limits; with the kube source the API server and
     /// the container runtime; each lack with its remedy
     #[command(after_help = "Exit status: 0 hitless works here; 1 it does not.")]
@@ -233,6 +237,7 @@ pub fn main() -> ExitCode {
         | Command::Uninstall(look) => look.output,
         Command::Policy(PolicyCommand::Check(args)) => args.output,
         Command::Policy(PolicyCommand::Explain(args)) => args.output,
+        Command::Ca(ca::CaCommand::Init(args)) => args.output,
         Command::Config(ConfigCommand::Dump(args)) if args.output == config::Format::Json => Output::Json,
         Command::Config(_) | Command::Completions { .. } | Command::Canary => Output::Table,
     };
@@ -269,6 +274,7 @@ fn run(command: Command, matches: &ArgMatches) -> anyhow::Result<ExitCode> {
         Command::Config(ConfigCommand::Dump(args)) => config::dump(&args),
         Command::Policy(PolicyCommand::Check(args)) => policy::check(&args),
         Command::Policy(PolicyCommand::Explain(args)) => policy::explain(&args),
+        Command::Ca(command) => ca::run(&command),
         Command::Doctor(args) => doctor::run(args),
         Command::Uninstall(look) => uninstall(&look),
         Command::Completions { shell } => {

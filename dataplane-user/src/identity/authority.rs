@@ -36,15 +36,14 @@ pub struct Issued {
 pub struct SecretKey(PrivateKeyDer<'static>);
 
 impl SecretKey {
-    /// For rustls, which takes keys by value and wipes its copy with its own means.
-    pub fn der(&self) -> PrivateKeyDer<'static> {
-        self.0.clone_key()
+    pub fn der(&self) -> &PrivateKeyDer<'static> {
+        &self.0
     }
 }
 
 impl Clone for SecretKey {
     fn clone(&self) -> Self {
-        Self(self.der())
+        Self(self.0.clone_key())
     }
 }
 

@@ -134,7 +134,7 @@ impl Signer {
         let (path, text) = file(pem::KEY)?;
         let secret = pem::key(&text, &path.display())?;
         let unreadable = |_| format!("{}: the key cannot be used for signing", path.display());
-        let key = KeyPair::try_from(&secret.der()).map_err(unreadable)?;
+        let key = KeyPair::try_from(secret.der()).map_err(unreadable)?;
         let roots = if directory.join(pem::ROOTS).exists() {
             let (path, text) = file(pem::ROOTS)?;
             pem::certificates(&text, &path.display())?

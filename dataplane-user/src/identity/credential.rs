@@ -103,8 +103,8 @@ impl Credential {
             return Err(Flaw::Expired(age.as_secs()));
         }
         leads_to(&chain, &trust, now)?;
-        let provider = aws_lc_rs::default_provider();
-        let key = provider.key_provider.load_private_key(key.der()).map_err(|_| Flaw::UnreadableKey)?;
+        // By reference: the provider's own loader would leave a copy behind.
+        let key = aws_lc_rs::sign::any_supported_type(key.der()).map_err(|_| Flaw::UnreadableKey)?;
         let key = CertifiedKey::new(chain, key);
         key.keys_match().map_err(|_| Flaw::KeyMismatch)?;
         Ok(Self { id: id.clone(), key: Arc::new(key), trust, not_before, not_after, serial })

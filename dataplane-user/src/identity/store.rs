@@ -281,8 +281,7 @@ impl Store {
     /// Marks what is due as being asked for; those that have nothing come first.
     fn take_due(&self, now: SystemTime, most: usize) -> Vec<(SpiffeId, u64)> {
         let mut table = self.write();
-        let mut due: Vec<_> =
-            table.entries.iter_mut().filter(|(_, entry)| !entry.asking && entry.schedule.due() <= now).collect();
+        let mut due: Vec<_> = table.entries.iter_mut().filter(|(_, entry)| entry.is_due(now)).collect();
         due.sort_by_key(|(_, entry)| (entry.credential.is_some(), entry.schedule.due()));
         due.truncate(most);
         due.into_iter()
@@ -427,6 +426,12 @@ impl Entry {
     fn hurry(&mut self, now: SystemTime) {
         self.again = self.asking;
         self.schedule.hurry(now);
+    }
+
+    fn is_due(&self, now: SystemTime) -> bool {
+        // The clock may have been set to a time that the certificate is not valid at, long before it is due.
+        let useless = self.credential.as_ref().is_some_and(|credential| !credential.valid_at(now));
+        !self.asking && (self.schedule.due() <= now || (useless && self.schedule.failures() == 0))
     }
 
     /// The same certificate again keeps its place: whoever compares pointers sees no change.

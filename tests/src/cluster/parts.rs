@@ -16,6 +16,8 @@ const TOOLS: &str = "fortio-1.66.5-httpbin-2.26.0";
 const GO: &str = "1.26.0";
 const GO_OLDEST: (u32, u32) = (1, 25);
 const ENVOY: &str = "1.40.0";
+/// Changes with `tests/cluster/spire/go.mod`.
+const SPIRE: &str = "1.13.3";
 
 /// etcd, kube-apiserver, …, kubectl: one program that dispatches on its first argument.
 pub fn kubernetes() -> Result<PathBuf> {
@@ -25,7 +27,7 @@ pub fn kubernetes() -> Result<PathBuf> {
         format!("-s -w -X {version}.gitVersion=v{KUBERNETES} -X {version}.gitMajor=1 -X {version}.gitMinor={minor}");
     let path = cache()?.join(format!("kubernetes-v{KUBERNETES}"));
     once(&path, || {
-        go_build("kubernetes", "several minutes, once", &flags, &path.with_extension("new"), &["."])?;
+        go_build("kubernetes", "several minutes, once", &flags, Cgo::Without, &path.with_extension("new"), &["."])?;
         Ok(fs::rename(path.with_extension("new"), &path)?)
     })?;
     Ok(path)
@@ -49,7 +51,22 @@ fn tools() -> Result<PathBuf> {
         let new = cache()?.join(format!("{TOOLS}.new"));
         fs::create_dir_all(&new)?;
         let packages = ["fortio.org/fortio", "github.com/mccutchen/go-httpbin/v2/cmd/go-httpbin", "./pause"];
-        go_build("tools", "a minute, once", "-s -w", &new, &packages)?;
+        go_build("tools", "a minute, once", "-s -w", Cgo::Without, &new, &packages)?;
+        Ok(fs::rename(new, &dir)?)
+    })?;
+    Ok(dir)
+}
+
+/// The directory with `spire-server` and `spire-agent`.
+pub fn spire() -> Result<PathBuf> {
+    let dir = cache()?.join(format!("spire-{SPIRE}"));
+    once(&dir, || {
+        // Its server's database is SQLite, which is C.
+        needs(&["gcc"], "gcc")?;
+        let new = cache()?.join(format!("spire-{SPIRE}.new"));
+        fs::create_dir_all(&new)?;
+        let packages = ["github.com/spiffe/spire/cmd/spire-server", "github.com/spiffe/spire/cmd/spire-agent"];
+        go_build("spire", "several minutes, once", "-s -w", Cgo::With, &new, &packages)?;
         Ok(fs::rename(new, &dir)?)
     })?;
     Ok(dir)
@@ -147,7 +164,13 @@ pub fn once(path: &Path, make: impl FnOnce() -> Result<()>) -> Result<()> {
     make().with_context(|| format!("make {}", path.display()))
 }
 
-fn go_build(module: &str, time: &str, flags: &str, out: &Path, packages: &[&str]) -> Result<()> {
+#[derive(Clone, Copy)]
+enum Cgo {
+    With,
+    Without,
+}
+
+fn go_build(module: &str, time: &str, flags: &str, cgo: Cgo, out: &Path, packages: &[&str]) -> Result<()> {
     let go = go()?;
     let dir = Path::new(env!("CARGO_MANIFEST_DIR")).join("cluster").join(module);
     eprintln!("Building {} with {} ({time})", dir.display(), go.display());
@@ -157,7 +180,13 @@ fn go_build(module: &str, time: &str, flags: &str, out: &Path, packages: &[&str]
         .arg(out)
         .args(packages)
         .current_dir(dir)
-        .env("CGO_ENABLED", "0"))
+        .env(
+            "CGO_ENABLED",
+            match cgo {
+                Cgo::With => "1",
+                Cgo::Without => "0",
+            },
+        ))
 }
 
 /// A Go that is new enough: the machine's, or one from the module proxy, where every release of Go is a module.

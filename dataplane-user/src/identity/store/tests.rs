@@ -2,6 +2,7 @@
 
 use std::sync::{Mutex, atomic::AtomicUsize};
 
+use proptest::prelude::*;
 use rustls_pki_types::CertificateDer;
 
 use super::*;
@@ -239,6 +240,21 @@ fn an_answer_for_somebody_who_left_is_dropped() {
 }
 
 #[test]
+fn a_clock_that_is_set_back_is_noticed() {
+    let (store, root, now) = (by_hand(), Root::new("root"), SystemTime::now());
+    let at = |now: SystemTime| {
+        let root = &root;
+        move |id: &SpiffeId| Ok(root.issued(Leaf::new(id).times(now, seconds_from(now, 3_600))))
+    };
+    store.want([&id("web")]);
+    let (wrong, right) = (seconds_from(now, 86_400), seconds_from(now, 1));
+    answer(&store, at(wrong), wrong);
+    assert!(store.get_at(&id("web"), right).is_none(), "it is tomorrow's");
+    assert_eq!(answer(&store, at(right), right), 1);
+    assert!(store.get_at(&id("web"), right).is_some());
+}
+
+#[test]
 fn the_report_and_the_numbers_tell_of_each() {
     let (store, root, now) = (by_hand(), Root::new("root"), seconds_from(SystemTime::now(), 1));
     store.want([&id("b"), &id("a")]);
@@ -356,4 +372,91 @@ async fn news_from_the_authority_are_followed() {
         tokio::time::sleep(Duration::from_millis(5)).await;
     }
     running.abort();
+}
+
+/// What an authority may do to the store, and what else happens to it.
+#[derive(Clone, Debug)]
+enum Step {
+    Good { root: usize },
+    Foreign,
+    Old,
+    Other,
+    Down,
+    Refused,
+    Later(u64),
+    News,
+    Want(usize),
+    Drop(usize),
+}
+
+fn step() -> impl Strategy<Value = Step> {
+    prop_oneof![
+        4 => (0..2usize).prop_map(|root| Step::Good { root }),
+        1 => Just(Step::Foreign),
+        1 => Just(Step::Old),
+        1 => Just(Step::Other),
+        2 => Just(Step::Down),
+        1 => Just(Step::Refused),
+        4 => (1..4_000u64).prop_map(Step::Later),
+        1 => Just(Step::News),
+        2 => (0..3usize).prop_map(Step::Want),
+        1 => (0..3usize).prop_map(Step::Drop),
+    ]
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig { cases: 48, ..ProptestConfig::default() })]
+
+    /// Whatever comes in whatever order: what is in force is valid, its identity's own, under roots that it was taken
+    /// with or that came later, and only time or its dropping takes it away; and the next question is never far.
+    #[test]
+    fn what_is_in_force_is_always_good(steps in prop::collection::vec(step(), 1..60)) {
+        let store = by_hand();
+        let roots = [Root::new("one"), Root::new("two")];
+        let stranger = Root::new("one");
+        let ids = [id("a"), id("b"), id("c")];
+        let mut now = seconds_from(SystemTime::now(), 1);
+        store.want(&ids);
+        for step in steps {
+            let before: Vec<_> = ids.iter().map(|id| store.get_at(id, now)).collect();
+            let fresh = |id: &SpiffeId| Leaf::new(id).times(now, seconds_from(now, 3_600));
+            let dropped = match &step {
+                Step::Good { root } => { answer(&store, |id| Ok(roots[*root].issued(fresh(id))), now); None }
+                Step::Foreign => {
+                    let issued = |id: &SpiffeId| Issued { roots: vec![roots[0].der()], ..stranger.issued(fresh(id)) };
+                    answer(&store, |id| Ok(issued(id)), now);
+                    None
+                }
+                Step::Old => {
+                    let leaf = |id: &SpiffeId| Leaf::new(id).times(now - Duration::from_secs(60), now);
+                    answer(&store, |id| Ok(roots[0].issued(leaf(id))), now);
+                    None
+                }
+                Step::Other => { answer(&store, |_| Ok(roots[0].issued(fresh(&id("other")))), now); None }
+                Step::Down => { answer(&store, |id| Err(IssueError::temporary(id, "down", "start it")), now); None }
+                Step::Refused => { answer(&store, |id| Err(IssueError::refused(id, "no", "ask")), now); None }
+                Step::Later(seconds) => { now = seconds_from(now, *seconds); None }
+                Step::News => { store.write().hurry(now); None }
+                Step::Want(n) => { store.want([&ids[*n]]); None }
+                Step::Drop(n) => { store.retain(|id| *id != ids[*n]); Some(*n) }
+            };
+            for (n, id) in ids.iter().enumerate() {
+                let after = store.get_at(id, now);
+                if let Some(credential) = &after {
+                    prop_assert!(credential.valid_at(now) && credential.id == *id);
+                    prop_assert!(Arc::ptr_eq(&credential.trust, &store.trust(DOMAIN).unwrap()));
+                    prop_assert!(!credential.trusted_by(&stranger.trust(), now));
+                }
+                if let Some(held) = &before[n] {
+                    let may_go = dropped == Some(n) || !held.valid_at(now);
+                    prop_assert!(after.is_some() || may_go, "{:?} took away what was good", step);
+                }
+            }
+            for entry in store.read().entries.values() {
+                prop_assert!(!entry.asking);
+                let wait = entry.schedule.due().duration_since(now).unwrap_or_default();
+                prop_assert!(wait < Duration::from_secs(2_000), "{wait:?}");
+            }
+        }
+    }
 }
