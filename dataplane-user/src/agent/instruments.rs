@@ -20,6 +20,7 @@ pub enum Word {
         signal: Signal,
         begins: bool,
         gone: bool,
+        /// None: to be asked for.
         about: Option<About>,
     },
     Upsert,
@@ -33,9 +34,9 @@ impl Core {
             Event::Sync { state } => {
                 Word::Sync(state.pods.iter().filter(|pod| pod.terminating).map(|pod| pod.name.clone()).collect())
             }
+            // The most urgent word there is, and its names stay: what it is about is looked up afterwards.
             Event::Upsert { object: Object::Pod(pod) } if pod.terminating => {
-                let about = about(&pod.name);
-                Word::Goes { pod: pod.name.clone(), signal: Signal::Api, begins: true, gone: false, about }
+                Word::Goes { pod: pod.name.clone(), signal: Signal::Api, begins: true, gone: false, about: None }
             }
             Event::Upsert { object: Object::Backend(backend) } if backend.terminating || !backend.ready => {
                 let Some(pod) = backend.pod.clone() else { return Word::Upsert };
@@ -77,7 +78,8 @@ impl Core {
                 }
             }
             Word::Goes { pod, signal, begins, gone, about } => {
-                self.drains.said(&pod, signal, at_ns, begins, || about.unwrap_or_default(), &mut self.lags);
+                let about = || about.unwrap_or_else(|| self.registry.about_pod(&pod));
+                self.drains.said(&pod, signal, at_ns, begins, about, &mut self.lags);
                 if gone {
                     self.drains.gone(&pod);
                     self.counted.deletes += 1;

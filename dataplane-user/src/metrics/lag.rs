@@ -1,9 +1,9 @@
 //! How long things took, in histograms.
 
 /// Upper bounds, in seconds: microseconds for our own part, minutes for a control plane's.
-pub const BOUNDS: [f64; 18] = [
-    0.000_005, 0.000_01, 0.000_02, 0.000_05, 0.000_1, 0.000_25, 0.001, 0.005, 0.025, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0,
-    10.0, 30.0, 120.0,
+pub const BOUNDS: [f64; 23] = [
+    0.000_005, 0.000_01, 0.000_015, 0.000_02, 0.000_03, 0.000_04, 0.000_06, 0.000_08, 0.000_1, 0.000_15, 0.000_25,
+    0.000_5, 0.001, 0.005, 0.025, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 30.0, 120.0,
 ];
 
 /// Counts per bucket, the last one without a bound.

@@ -18,7 +18,8 @@ pub(super) struct Pod {
     pub name: Name,
     pub declared: bool,
     pub terminating: bool,
-    pub local: Option<Local>,
+    /// Of the few that run here.
+    pub local: Option<Box<Local>>,
     /// Head of the chain of its backends in the kernel; only of a local pod.
     pub first_backend: u32,
     /// The backends that name it.
@@ -168,7 +169,7 @@ impl Registry {
     }
 
     /// What a pod's declaration makes it on this node. Another network namespace is another pod.
-    fn local(&mut self, pod: &model::Pod, index: Index) -> Option<Local> {
+    fn local(&mut self, pod: &model::Pod, index: Index) -> Option<Box<Local>> {
         let netns = match (&pod.netns, pod.pid) {
             (Some(path), _) => path.clone(),
             (None, Some(pid)) => format!("/proc/{pid}/ns/net").into(),
@@ -190,7 +191,7 @@ impl Registry {
             flags |= POD_GATEWAY;
         }
         let stop_signals = stop_signals(&pod.stop_signals).expect("check_pod has seen the stop signals");
-        Some(Local { id, netns, flags, stop_signals })
+        Some(Box::new(Local { id, netns, flags, stop_signals }))
     }
 
     pub(super) fn pod_named(&mut self, name: &Name) -> Index {

@@ -1,6 +1,8 @@
-//! The agent on a real API server: 10,000 services and 100,000 endpoints listed, pods deleted, pods coming and going.
+//! The agent on a real API server: 10,000 services, 100,000 endpoints and as many pods listed, pods deleted, pods coming
+//! and going.
 //!
-//! Objects are written straight to the API; there are no controllers and no kubelets whose time would be measured too.
+//! Objects are written straight to the API, the many pods straight to etcd, where that would take minutes; there are no
+//! controllers and no kubelets whose time would be measured too.
 
 use std::{
     io::{Read, Write},
@@ -9,7 +11,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result, bail, ensure};
 use dataplane_ebpf::health::{Health, State};
 use dataplane_user::{
     model::Protocol,
@@ -17,6 +19,10 @@ use dataplane_user::{
     source::kube::{Settings, client, cri},
 };
 use futures_util::{StreamExt, TryStreamExt, stream};
+use http_body_util::{BodyExt, Full};
+use hyper::{body::Bytes, client::conn::http1};
+use hyper_util::rt::TokioIo;
+use k8s_openapi::ByteString;
 use kube::Client;
 use serde_json::{Value, json};
 
@@ -43,32 +49,37 @@ pub fn measure(_rig: &mut Rig, plan: &Plan) -> Result<Vec<Figure>> {
     let api = runtime.block_on(async { client(&settings).await.map(Api) })?;
     let filling = Instant::now();
     runtime.block_on(fill(&api)).context("fill the API server")?;
+    runtime.block_on(fill_pods(control.etcd_address())).context("fill etcd")?;
     eprintln!(
-        "bench: {SERVICES} services and {ENDPOINTS} endpoints written in {:.0} s",
+        "bench: {SERVICES} services, {ENDPOINTS} endpoints and their pods written in {:.0} s",
         filling.elapsed().as_secs_f64()
     );
 
     let metrics = std::net::TcpListener::bind((Ipv4Addr::LOCALHOST, 0))?.local_addr()?;
     let started = Instant::now();
     let agent = ApiAgent::start_with(&control, "admin", &metrics.to_string())?;
-    agent.wait_within(Duration::from_secs(60), &["status"], "all endpoints", |status| {
+    agent.wait_within(Duration::from_secs(120), &["status"], "all endpoints", |status| {
         status["objects"]["backends"].as_u64() >= Some(u64::from(ENDPOINTS))
     })?;
     let first = started.elapsed();
     let filled = Usage::of_process(agent.process())?;
     let mut figures = vec![
         Figure::new("kube_first_sync", first.as_secs_f64(), "s").against(filled.cpu.as_secs_f64()).note(format!(
-            "agent started to {SERVICES} services and {ENDPOINTS} endpoints of a real API server in force, its lists included; \
-             baseline: the agent's CPU time for it"
+            "agent started to {SERVICES} services, {ENDPOINTS} endpoints and a pod for each of a real API server in force, its \
+             lists included; baseline: the agent's CPU time for it"
         )),
     ];
     figures.extend(deletions(&runtime, &api, &agent, &control, metrics, plan)?);
-    figures.extend(churn(&runtime, &api, &agent, metrics, plan)?);
+    figures.extend(churn(&runtime, &api, &agent, &control, metrics, plan)?);
     let usage = Usage::of_process(agent.process())?;
     figures.push(
         Figure::new("kube_rss", usage.rss_mb, "MB")
             .goal(Goal::ValueAtMost(100.0))
-            .note(format!("VmRSS of the agent with all that, after the changes (peak {:.0} MB)", usage.peak_mb)),
+            .note(format!(
+                "VmRSS of the agent with {SERVICES} services, {ENDPOINTS} endpoints and as many pods, after the changes (peak {:.0} \
+                 MB, {:.0} MB at first)",
+                usage.peak_mb, filled.rss_mb
+            )),
     );
     agent.kill()?;
     Ok(figures)
@@ -152,10 +163,18 @@ fn churn(
     runtime: &tokio::runtime::Runtime,
     api: &Api,
     agent: &ApiAgent,
+    control: &ControlPlane,
     metrics: std::net::SocketAddr,
     plan: &Plan,
 ) -> Result<Vec<Figure>> {
-    let (lags, usage, start) = (Lags::read(metrics)?, Usage::of_process(agent.process())?, Instant::now());
+    let others = || -> Result<Vec<_>> {
+        let all = control.processes().map(|(name, process)| (name, process.pid()));
+        all.chain([("this bench", std::process::id().cast_signed())])
+            .map(|(name, pid)| Ok((name, Usage::of_pid(pid)?.cpu)))
+            .collect()
+    };
+    let (before, start) = (others()?, Instant::now());
+    let (lags, usage) = (Lags::read(metrics)?, Usage::of_process(agent.process())?);
     let changes = runtime.block_on(async {
         let ends = start + plan.churn;
         let workers = (0..AT_ONCE).map(|worker| async move {
@@ -177,11 +196,17 @@ fn churn(
     let rate = changes.iter().sum::<u64>() as f64 / seconds;
     let lags = Lags::read(metrics)?.since(&lags);
     let cpu = (Usage::of_process(agent.process())?.cpu - usage.cpu).as_secs_f64() / seconds;
+    let others = others()?.into_iter().zip(before).map(|((name, now), (_, then))| {
+        let percent = (now - then).as_secs_f64() / seconds * 100.0;
+        format!("{name} {percent:.0} %")
+    });
+    let others = others.collect::<Vec<_>>().join(", ");
     Ok(vec![
         Figure::new("kube_churn_lag_p99", lags.quantile_us(0.99), "us").note(format!(
             "event read to map changed at {rate:.0} pod changes/s, what this machine's API server takes"
         )),
-        Figure::new("kube_churn_cpu", cpu * 100.0, "%").note("of one CPU, the agent's during that"),
+        Figure::new("kube_churn_cpu", cpu * 100.0, "%")
+            .note(format!("of one CPU, the agent's during that; beside it {others}")),
     ])
 }
 
@@ -200,13 +225,70 @@ async fn fill(api: &Api) -> Result<()> {
     });
     let slices = stream::iter(big.chain(small)).map(|(from, count, service)| {
         let endpoints = (from..from + count).map(|n| {
-            let [_, b, c, d] = n.to_be_bytes();
-            json!({"addresses": [Ipv4Addr::new(12, b, c, d)]})
+            json!({"addresses": [endpoint_address(n)], "nodeName": "node-2", "targetRef": {
+                "kind": "Pod", "name": pod_name(n), "namespace": "default", "uid": pod_uid(n)}})
         });
         let endpoints = endpoints.collect();
         async move { api.create_slice(&format!("s{service}-{from}"), &format!("s{service}"), endpoints).await }
     });
     slices.buffer_unordered(AT_ONCE).try_for_each(|_| async { Ok(()) }).await
+}
+
+/// The pods of the endpoints, as a kubelet would have left them; by etcd's JSON gateway.
+async fn fill_pods(etcd: (Ipv4Addr, u16)) -> Result<()> {
+    let stream = tokio::net::TcpStream::connect(etcd).await.context("connect etcd")?;
+    let (mut sender, connection) = http1::handshake(TokioIo::new(stream)).await?;
+    tokio::spawn(connection);
+    let base64 = |text: String| ByteString(text.into_bytes());
+    for from in (0..ENDPOINTS).step_by(PER_TRANSACTION as usize) {
+        let puts = (from..ENDPOINTS.min(from + PER_TRANSACTION)).map(|n| {
+            let key = base64(format!("/registry/pods/default/{}", pod_name(n)));
+            json!({"requestPut": {"key": key, "value": base64(running_pod(n).to_string())}})
+        });
+        let transaction = json!({"success": puts.collect::<Vec<_>>()}).to_string();
+        let request =
+            http::Request::post("/v3/kv/txn").header("host", "etcd").body(Full::<Bytes>::from(transaction))?;
+        let answer = sender.send_request(request).await?;
+        let status = answer.status();
+        let text = answer.into_body().collect().await?.to_bytes();
+        ensure!(status.is_success(), "etcd: {status}: {}", String::from_utf8_lossy(&text));
+    }
+    Ok(())
+}
+
+/// etcd takes up to 128 operations at once.
+const PER_TRANSACTION: u32 = 100;
+
+fn running_pod(n: u32) -> Value {
+    let (name, address, since) = (pod_name(n), endpoint_address(n), "2026-01-01T00:00:00Z");
+    let owner = json!({"apiVersion": "apps/v1", "kind": "ReplicaSet", "name": "s-6d4cf56db6", "uid": pod_uid(0),
+        "controller": true, "blockOwnerDeletion": true});
+    let container = json!({"name": "a", "image": "a", "imagePullPolicy": "IfNotPresent", "resources": {},
+        "terminationMessagePath": "/dev/termination-log", "terminationMessagePolicy": "File",
+        "ports": [{"containerPort": PORT, "protocol": "TCP"}]});
+    let status = json!({"name": "a", "ready": true, "restartCount": 0, "image": "a", "imageID": "sha256:a", "started": true,
+        "state": {"running": {"startedAt": since}}});
+    json!({"apiVersion": "v1", "kind": "Pod",
+        "metadata": {"name": name, "namespace": "default", "uid": pod_uid(n), "creationTimestamp": since,
+            "labels": {"app": "s", "pod-template-hash": "6d4cf56db6"}, "ownerReferences": [owner]},
+        "spec": {"nodeName": "node-2", "restartPolicy": "Always", "terminationGracePeriodSeconds": 30,
+            "dnsPolicy": "ClusterFirst", "serviceAccountName": "default", "securityContext": {},
+            "schedulerName": "default-scheduler", "enableServiceLinks": true, "containers": [container]},
+        "status": {"phase": "Running", "podIP": address, "podIPs": [{"ip": address}], "qosClass": "BestEffort",
+            "containerStatuses": [status]}})
+}
+
+fn endpoint_address(n: u32) -> Ipv4Addr {
+    let [_, b, c, d] = n.to_be_bytes();
+    Ipv4Addr::new(12, b, c, d)
+}
+
+fn pod_name(n: u32) -> String {
+    format!("s{n}-6d4cf56db6-x7k2p")
+}
+
+fn pod_uid(n: u32) -> String {
+    format!("0f6a4a3c-7e0d-4c55-9d8e-{n:012x}")
 }
 
 fn service(name: &str) -> Value {
@@ -215,10 +297,10 @@ fn service(name: &str) -> Value {
 }
 
 /// Objects written by JSON.
-struct Api(Client);
+pub(super) struct Api(pub Client);
 
 impl Api {
-    async fn send(&self, method: &str, path: &str, body: &Value) -> Result<Value> {
+    pub async fn send(&self, method: &str, path: &str, body: &Value) -> Result<Value> {
         let request = http::Request::builder()
             .method(method)
             .uri(format!("/{path}"))

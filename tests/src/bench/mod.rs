@@ -5,6 +5,7 @@
 //! the lab made, with the real agent.
 
 pub mod bpf;
+mod deaths;
 mod events;
 mod feed;
 pub mod figure;
@@ -49,6 +50,8 @@ pub struct Plan {
     pub churn: Duration,
     /// Pods deleted at a real API server.
     pub kube_deletions: u32,
+    /// Pods deleted on a real cluster.
+    pub deaths: u32,
 }
 
 impl Plan {
@@ -67,6 +70,7 @@ impl Plan {
             deletions: 500,
             churn: Duration::from_secs(10),
             kube_deletions: 500,
+            deaths: 30,
         }
     }
 
@@ -85,6 +89,7 @@ impl Plan {
             deletions: 50,
             churn: Duration::from_secs(2),
             kube_deletions: 50,
+            deaths: 5,
         }
     }
 }
@@ -100,6 +105,7 @@ const GROUPS: &[(&str, Measure)] = &[
     ("replay", replay::measure),
     ("scale", scale::measure),
     ("kube", kube::measure),
+    ("deaths", deaths::measure),
 ];
 
 pub fn groups() -> impl Iterator<Item = &'static str> {

@@ -158,7 +158,10 @@ impl Usage {
     }
 
     pub(super) fn of_process(process: &Process) -> Result<Self> {
-        let pid = process.pid();
+        Self::of_pid(process.pid())
+    }
+
+    pub(super) fn of_pid(pid: i32) -> Result<Self> {
         let read = |file: &str| {
             let path = format!("/proc/{pid}/{file}");
             std::fs::read_to_string(&path).with_context(|| format!("read {path}"))

@@ -132,6 +132,17 @@ impl ControlPlane {
         format!("https://{}:{}", self.address, self.port)
     }
 
+    /// Where etcd listens, in the control plane's network.
+    pub fn etcd_address(&self) -> (Ipv4Addr, u16) {
+        (Ipv4Addr::LOCALHOST, self.etcd_port)
+    }
+
+    /// etcd and the API server, by name.
+    pub fn processes(&self) -> impl Iterator<Item = (&'static str, &Process)> {
+        let all = [("etcd", &self.etcd), ("API server", &self.apiserver)];
+        all.into_iter().filter_map(|(name, process)| Some((name, process.as_ref()?)))
+    }
+
     /// For the administrator; others by [`Self::write_kubeconfig`].
     pub fn kubeconfig(&self) -> PathBuf {
         self.site.file("admin.kubeconfig")

@@ -29,7 +29,7 @@ use tracing::{debug, info, warn};
 
 use self::{
     find::Process,
-    object::{EndpointSlice, Namespace, Node, Object, Pod, Service},
+    object::{EndpointSlice, Namespace, Node, Object, OtherPod, Pod, Service},
     watch::{Failure, Word, follow},
     world::{Name, Scope, World},
 };
@@ -95,12 +95,19 @@ pub async fn serve(client: Client, settings: Settings, core: Shared) -> io::Resu
     });
 
     let mut tasks = JoinSet::new();
-    let follow_pods = |tasks: &mut JoinSet<()>, scope, fields| {
-        let source = source.clone();
-        tasks.spawn_local(follow::<Pod>(client.clone(), fields, move |word, at| source.pods(scope, word, at)));
-    };
-    follow_pods(&mut tasks, Scope::ThisNode, here);
-    follow_pods(&mut tasks, Scope::Others, others);
+    let heard = source.clone();
+    tasks.spawn_local(follow::<Pod>(client.clone(), here, move |word, at| {
+        let gone = |world: &mut World, name: &str| world.pod_gone(name, Scope::ThisNode);
+        let retain = |world: &mut World, named: &HashSet<Name>| world.retain_pods(named, Scope::ThisNode);
+        heard.hear("pods of this node", word, at, World::pod, gone, retain);
+        heard.look_again();
+    }));
+    let heard = source.clone();
+    tasks.spawn_local(follow::<OtherPod>(client.clone(), others, move |word, at| {
+        let gone = |world: &mut World, name: &str| world.pod_gone(name, Scope::Others);
+        let retain = |world: &mut World, named: &HashSet<Name>| world.retain_pods(named, Scope::Others);
+        heard.hear("pods", word, at, World::other_pod, gone, retain);
+    }));
     let heard = source.clone();
     tasks.spawn_local(follow::<EndpointSlice>(client.clone(), String::new(), move |word, at| {
         heard.hear("endpointslices", word, at, World::slice, World::slice_gone, World::retain_slices);
@@ -152,17 +159,6 @@ struct Source {
 }
 
 impl Source {
-    fn pods(&self, scope: Scope, word: Word<Pod>, at_ns: u64) {
-        let collection = if scope == Scope::ThisNode { "pods of this node" } else { "pods" };
-        let take = |world: &mut World, pod: &Pod| world.pod(pod, scope);
-        let gone = |world: &mut World, name: &str| world.pod_gone(name, scope);
-        let retain = |world: &mut World, named: &HashSet<Name>| world.retain_pods(named, scope);
-        self.hear(collection, word, at_ns, take, gone, retain);
-        if scope == Scope::ThisNode {
-            self.look_again();
-        }
-    }
-
     /// Pods of this node are others now, or are others' business.
     fn look_again(&self) {
         self.pods_changed.notify_one();
@@ -194,20 +190,20 @@ impl Source {
                     gone(&mut world, &name);
                 }
                 Word::Malformed(object) => malformed.push(bad(&object.name, &object.reason)),
-                Word::Listed(objects) => {
-                    let name = |object: &Result<T, watch::Malformed>| match object {
-                        Ok(object) => object.meta().full_name(),
-                        // It is there, and the last good state of it stays.
-                        Err(bad) => bad.name.clone(),
-                    };
-                    retain(&mut world, &objects.iter().map(name).collect());
-                    debug!(collection, objects = objects.len(), "listed");
+                Word::Page(objects) => {
                     for object in &objects {
                         match object {
                             Ok(object) => take(&mut world, object),
                             Err(object) => malformed.push(bad(&object.name, &object.reason)),
                         }
                     }
+                    drop(world);
+                    // Only the whole list says that the collection is followed.
+                    return self.pass_on(malformed, at_ns);
+                }
+                Word::Listed(named) => {
+                    retain(&mut world, &named);
+                    debug!(collection, objects = named.len(), "listed");
                     self.listed.borrow_mut().insert(collection);
                     // The pods of this node are to be known by their networks before the first state is told.
                     self.look_again();

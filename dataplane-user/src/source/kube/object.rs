@@ -91,6 +91,7 @@ macro_rules! object {
 }
 
 object!(Pod, "pod", "api/v1/pods");
+object!(OtherPod, "pod", "api/v1/pods");
 object!(Service, "service", "api/v1/services");
 object!(Namespace, "namespace", "api/v1/namespaces");
 object!(Node, "node", "api/v1/nodes");
@@ -104,6 +105,21 @@ pub struct Pod {
     pub spec: PodSpec,
     #[serde(deserialize_with = "or_default")]
     pub status: PodStatus,
+}
+
+/// A pod of another node: all that counts of it is whether it ends.
+#[derive(Clone, Debug, Default, Deserialize)]
+#[serde(default)]
+pub struct OtherPod {
+    pub metadata: Meta,
+    #[serde(deserialize_with = "or_default")]
+    pub status: Phase,
+}
+
+#[derive(Clone, Debug, Default, Deserialize)]
+#[serde(default)]
+pub struct Phase {
+    pub phase: Option<String>,
 }
 
 #[derive(Clone, Debug, Default, Deserialize)]

@@ -5,8 +5,10 @@
 //! parsed where it is read: between the socket and the map is nothing that waits.
 
 use std::{
+    collections::HashSet,
     fmt,
     hash::BuildHasher,
+    sync::Arc,
     time::{Duration, Instant},
 };
 
@@ -41,8 +43,11 @@ const PAUSE: [Duration; 2] = [Duration::from_millis(100), Duration::from_secs(5)
 /// What is heard of a collection.
 #[derive(Debug)]
 pub enum Word<T> {
-    /// All there is.
-    Listed(Vec<Result<T, Malformed>>),
+    /// Some of what there is.
+    Page(Vec<Result<T, Malformed>>),
+    /// All there is was told by pages; these are its names. Malformed objects are there too: their last good state
+    /// stays.
+    Listed(HashSet<Arc<str>>),
     Changed(T),
     Gone(T),
     Malformed(Malformed),
@@ -55,7 +60,7 @@ pub enum Word<T> {
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Malformed {
     /// namespace/name, as far as it can be read.
-    pub name: std::sync::Arc<str>,
+    pub name: Arc<str>,
     pub reason: String,
 }
 
@@ -74,9 +79,9 @@ pub struct Failure {
 pub async fn follow<T: Object>(client: Client, fields: String, mut tell: impl FnMut(Word<T>, u64)) {
     let mut pause = Pause::default();
     loop {
-        let from = match list::<T>(&client, &fields).await {
-            Ok((objects, from)) => {
-                tell(Word::Listed(objects), monotonic_ns());
+        let from = match list::<T>(&client, &fields, &mut tell).await {
+            Ok((named, from)) => {
+                tell(Word::Listed(named), monotonic_ns());
                 from
             }
             Err(error) => {
@@ -140,22 +145,32 @@ struct ListMeta {
     next: Option<String>,
 }
 
-async fn list<T: Object>(client: &Client, fields: &str) -> Result<(Vec<Result<T, Malformed>>, String), Error> {
+/// Tells it page by page, so that a large cluster is never in memory as a whole.
+async fn list<T: Object>(
+    client: &Client,
+    fields: &str,
+    tell: &mut impl FnMut(Word<T>, u64),
+) -> Result<(HashSet<Arc<str>>, String), Error> {
     let mut params = ListParams::default().limit(PAGE);
     if !fields.is_empty() {
         params = params.fields(fields);
     }
-    let mut objects = Vec::new();
+    let mut named = HashSet::new();
     loop {
         let request = Request::new(format!("/{}", T::PATH)).list(&params).map_err(Error::BuildRequest)?;
         let text = within(LIST_WITHIN, client.request_text(request)).await??;
         // Megabytes: beside the agent's thread.
         let parsed = tokio::task::spawn_blocking(move || parse_page::<T>(&text)).await;
         let (page, meta) = parsed.map_err(|error| Error::Service(error.into()))?.map_err(Error::SerdeError)?;
-        objects.extend(page);
+        let name = |object: &Result<T, Malformed>| match object {
+            Ok(object) => object.meta().full_name(),
+            Err(bad) => bad.name.clone(),
+        };
+        named.extend(page.iter().map(name));
+        tell(Word::Page(page), monotonic_ns());
         match meta.next.filter(|next| !next.is_empty()) {
             Some(next) => params = params.continue_token(&next),
-            None => return Ok((objects, meta.resource_version)),
+            None => return Ok((named, meta.resource_version)),
         }
     }
 }

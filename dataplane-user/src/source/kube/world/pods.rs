@@ -64,21 +64,34 @@ impl Known {
 }
 
 impl World {
-    pub fn pod(&mut self, object: &object::Pod, scope: Scope) {
-        let name = self.intern(&object.metadata.full_name());
-        let uid = Uid::of(&object.metadata.uid);
+    /// A pod of this node.
+    pub fn pod(&mut self, object: &object::Pod) {
+        let (name, uid) = self.lives(&object.metadata);
+        let over = is_over(object.status.phase.as_deref());
+        let here = (!object.spec.host_network).then(|| Box::new(self.here(object, over)));
+        let ends = over || object.metadata.deletion_timestamp.is_some();
+        self.put_pod(name, Pod { uid, ends, scope: Scope::ThisNode, here });
+    }
+
+    /// A pod of another node, or of none yet.
+    pub fn other_pod(&mut self, object: &object::OtherPod) {
+        let (name, uid) = self.lives(&object.metadata);
+        let ends = object.metadata.deletion_timestamp.is_some() || is_over(object.status.phase.as_deref());
+        self.put_pod(name, Pod { uid, ends, scope: Scope::Others, here: None });
+    }
+
+    /// Who a pod is. A name's next life, such as a StatefulSet's, is another pod: the former one's end was not heard of.
+    fn lives(&mut self, meta: &object::Meta) -> (Name, Uid) {
+        let (name, uid) = (self.intern(&meta.full_name()), Uid::of(&meta.uid));
         let known = self.pods.get(&name).and_then(|known| known.pod.as_ref());
-        // A name's next life, such as a StatefulSet's: the former one's end was not heard of.
         if let Some(former) = known.filter(|pod| pod.uid != uid).map(|pod| pod.scope) {
             self.pod_gone(&name, former);
         }
-        let over = matches!(object.status.phase.as_deref(), Some("Succeeded" | "Failed"));
-        let here = match scope {
-            Scope::ThisNode if !object.spec.host_network => Some(Box::new(self.here(object, over))),
-            _ => None,
-        };
-        let ends = over || object.metadata.deletion_timestamp.is_some();
-        let pod = Pod { uid, ends, scope, here };
+        (name, uid)
+    }
+
+    fn put_pod(&mut self, name: Name, pod: Pod) {
+        let scope = pod.scope;
         let before = self.told(&name);
         let known = self.pods.entry(name.clone()).or_default();
         let first = known.pod.is_none();
@@ -311,6 +324,11 @@ impl World {
     pub(super) fn intern(&self, name: &Name) -> Name {
         self.pods.get_key_value(name).map_or_else(|| name.clone(), |(known, _)| known.clone())
     }
+}
+
+/// It ended for good, and runs nothing any more.
+fn is_over(phase: Option<&str>) -> bool {
+    matches!(phase, Some("Succeeded" | "Failed"))
 }
 
 /// A pod that does not run here.

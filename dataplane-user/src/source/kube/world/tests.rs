@@ -163,6 +163,17 @@ fn scope(here: bool) -> Scope {
     if here { Scope::ThisNode } else { Scope::Others }
 }
 
+/// As its watch tells it.
+fn put(world: &mut World, pod: &object::Pod, scope: Scope) {
+    match scope {
+        Scope::ThisNode => world.pod(pod),
+        Scope::Others => {
+            let status = object::Phase { phase: pod.status.phase.clone() };
+            world.other_pod(&object::OtherPod { metadata: pod.metadata.clone(), status });
+        }
+    }
+}
+
 fn node(zone: &str) -> object::Node {
     serde_json::from_str(&format!(
         r#"{{"metadata":{{"name":"{NODE}","labels":{{"topology.kubernetes.io/zone":"{zone}"}}}},
@@ -190,13 +201,13 @@ impl Objects {
                     if was_here != here || former != uid {
                         self.found.remove(&name);
                     }
-                    world.pod(&pod(&name, uid, here, mode, end), scope(here));
+                    put(world, &pod(&name, uid, here, mode, end), scope(here));
                     if was_here != here {
                         // It left the other watch's selection, which may say so late.
                         world.pod_gone(&format!("shop/{name}"), scope(was_here));
                     }
                 } else {
-                    world.pod(&pod(&name, uid, here, mode, end), scope(here));
+                    put(world, &pod(&name, uid, here, mode, end), scope(here));
                 }
             }
             Said::PodGone(name) => {
@@ -255,7 +266,7 @@ impl Objects {
             world.service(&service(name, rest));
         }
         for (name, &(uid, here, mode, end)) in &self.pods {
-            world.pod(&pod(name, uid, here, mode, end), scope(here));
+            put(&mut world, &pod(name, uid, here, mode, end), scope(here));
         }
         for (name, uid) in &self.found {
             let process = Process { pid: 100 + i32::from(*uid), started: 7 };
@@ -302,19 +313,19 @@ proptest! {
         let full = |names: Vec<&String>| -> HashSet<Name> { names.iter().map(|n| format!("shop/{n}").into()).collect() };
         for here in [true, false] {
             let of = objects.pods.iter().filter(|(_, pod)| pod.1 == here);
-            world.retain_pods(&full(of.clone().map(|(name, _)| name).collect()), scope(here));
-            for (name, &(uid, _, mode, end)) in of {
-                world.pod(&pod(name, uid, here, mode, end), scope(here));
+            for (name, &(uid, _, mode, end)) in of.clone() {
+                put(&mut world, &pod(name, uid, here, mode, end), scope(here));
             }
+            world.retain_pods(&full(of.map(|(name, _)| name).collect()), scope(here));
         }
-        world.retain_slices(&full(objects.slices.keys().collect()));
         for (name, (of, endpoints)) in &objects.slices {
             world.slice(&slice(name, of, endpoints));
         }
-        world.retain_services(&full(objects.services.keys().collect()));
+        world.retain_slices(&full(objects.slices.keys().collect()));
         for (name, rest) in &objects.services {
             world.service(&service(name, rest));
         }
+        world.retain_services(&full(objects.services.keys().collect()));
         world.namespace(&namespace(objects.ambient));
         if let Some(zone) = objects.zone {
             world.own(&node(zone));
@@ -335,7 +346,7 @@ fn web(pods: &[(&str, u8)]) -> World {
     let mut world = World::new(NODE);
     world.service(&service("web", ""));
     for (name, uid) in pods {
-        world.pod(&pod(name, *uid, false, "", ""), Scope::Others);
+        put(&mut world, &pod(name, *uid, false, "", ""), Scope::Others);
     }
     let endpoints: Vec<_> = pods.iter().map(|(name, uid)| endpoint(*uid, Some((name, *uid)), "")).collect();
     world.slice(&slice("s", "web", &endpoints));
@@ -346,7 +357,7 @@ fn web(pods: &[(&str, u8)]) -> World {
 #[test]
 fn a_deletion_timestamp_is_one_event_and_comes_before_any_slice() {
     let mut world = web(&[("a", 1), ("b", 2)]);
-    world.pod(&pod("a", 1, false, "", "deleted"), Scope::Others);
+    put(&mut world, &pod("a", 1, false, "", "deleted"), Scope::Others);
     let events = world.take().events;
     assert!(
         matches!(&events[..], [Event::Upsert { object: Object::Pod(pod) }] if &*pod.name == "shop/a" && pod.terminating),
@@ -368,7 +379,7 @@ fn a_slice_that_still_speaks_of_a_pod_that_is_gone_brings_nothing_back() {
         "{events:?}"
     );
     // Its name lives on with another uid, at another address: still not the one of the slice.
-    world.pod(&pod("a", 3, false, "", ""), Scope::Others);
+    put(&mut world, &pod("a", 3, false, "", ""), Scope::Others);
     assert!(world.snapshot().backends.iter().all(|backend| backend.address.to_string() != "10.0.0.1"));
 }
 
@@ -424,19 +435,19 @@ fn enrolment_follows_the_labels_and_none_wins() {
     let mut world = World::new(NODE);
     let process = Some(Process { pid: 100, started: 7 });
     let enrolled = |world: &World| world.snapshot().pods.iter().any(|pod| pod.enrolled && pod.pid == Some(100));
-    world.pod(&pod("a", 1, true, "", ""), Scope::ThisNode);
+    put(&mut world, &pod("a", 1, true, "", ""), Scope::ThisNode);
     assert!(world.unfound().is_empty(), "nobody's business");
     world.namespace(&namespace(true));
     let (name, uid) = world.unfound().pop().unwrap();
     assert!(!enrolled(&world), "its network is not known yet");
     world.found(&name, &uid, process);
     assert!(enrolled(&world));
-    world.pod(&pod("a", 1, true, "none", ""), Scope::ThisNode);
+    put(&mut world, &pod("a", 1, true, "none", ""), Scope::ThisNode);
     assert!(!enrolled(&world));
     let told = world.snapshot().pods;
     assert!(told[0].pid == Some(100) && !told[0].enrolled, "moved connections of it live on: {told:?}");
     world.namespace(&namespace(false));
-    world.pod(&pod("a", 1, true, "ambient", ""), Scope::ThisNode);
+    put(&mut world, &pod("a", 1, true, "ambient", ""), Scope::ThisNode);
     assert!(enrolled(&world), "by its own label");
 }
 
@@ -447,7 +458,7 @@ fn a_pod_keeps_what_it_is_stopped_by_and_a_wrong_signal_costs_only_itself() {
     object.spec.containers = serde_json::from_str(r#"[{"lifecycle":{"stopSignal":"SIGQUIT"}},{}]"#).unwrap();
     object.metadata.annotations.stop_signals = Some("USR3, SIGUSR1".into());
     object.metadata.annotations.gateway = Some("true".into());
-    world.pod(&object, Scope::ThisNode);
+    put(&mut world, &object, Scope::ThisNode);
     world.found(&"shop/a".into(), &format!("{:032x}", 1), Some(Process { pid: 9, started: 1 }));
     let told = world.snapshot().pods.pop().unwrap();
     assert_eq!(told.stop_signals, ["SIGQUIT", "SIGUSR1", "TERM"]);
@@ -468,7 +479,7 @@ fn a_container_is_stopped_as_its_image_says_where_nobody_says_otherwise() {
     )
     .unwrap();
     let image: Name = "sha256:1".into();
-    world.pod(&object, Scope::ThisNode);
+    put(&mut world, &object, Scope::ThisNode);
     world.found(&"shop/a".into(), &format!("{:032x}", 1), Some(Process { pid: 9, started: 1 }));
     assert!(world.unasked().is_empty(), "the pod is not enrolled");
     world.namespace(&namespace(true));
@@ -483,17 +494,17 @@ fn a_container_is_stopped_as_its_image_says_where_nobody_says_otherwise() {
     assert!(world.unasked().is_empty());
     // The API's own word on what is in force, then the annotation: the image is not asked for.
     object.status.container_statuses[0].stop_signal = Some("SIGINT".into());
-    world.pod(&object, Scope::ThisNode);
+    put(&mut world, &object, Scope::ThisNode);
     assert_eq!(signals(&world), ["SIGINT", "SIGUSR1", "TERM"]);
     object.status.container_statuses[0] =
         object::ContainerStatus { name: "x".into(), image_id: "sha256:3".into(), stop_signal: None };
     object.metadata.annotations.stop_signals = Some("HUP".into());
-    world.pod(&object, Scope::ThisNode);
+    put(&mut world, &object, Scope::ThisNode);
     assert_eq!(signals(&world), ["HUP", "SIGUSR1", "TERM"]);
     assert!(world.unasked().is_empty());
     // What an image says may be anything.
     object.metadata.annotations.stop_signals = None;
-    world.pod(&object, Scope::ThisNode);
+    put(&mut world, &object, Scope::ThisNode);
     world.take();
     world.image(&"sha256:3".into(), Some("$(reboot)".into()));
     assert_eq!(signals(&world), ["SIGUSR1", "TERM"]);
