@@ -74,13 +74,16 @@ async fn serve(config: Config) -> anyhow::Result<()> {
         info!(layout = kernel.layout(), backends = seed.backends.len(), "adopted the kernel path of an earlier agent");
     }
     let registry = Registry::with_limits(seed, config.limits()).with_mesh(config.mesh.is_some());
-    let mesh = match &config.mesh {
-        Some(settings) => Some(mesh::Mesh::start(settings, kernel.tunnel_maps())?),
-        None => None,
-    };
     let mut tasks = JoinSet::new();
-    let mesh = match mesh {
-        Some((mesh, parts)) => {
+    // What SIGHUP has read again.
+    let rereads = [Rc::new(Notify::new()), Rc::new(Notify::new())];
+    let api = match &config.source {
+        Source::Kube => Some(source::kube::client(&config.kube).await?),
+        _ => None,
+    };
+    let mesh = match &config.mesh {
+        Some(settings) => {
+            let (mesh, parts) = mesh::Mesh::start(settings, kernel.tunnel_maps(), rereads[1].clone(), api.clone())?;
             parts.into_iter().for_each(|(name, part)| spawn(&mut tasks, name, part));
             mesh
         }
@@ -94,18 +97,21 @@ async fn serve(config: Config) -> anyhow::Result<()> {
         core.borrow_mut().enroll_host();
     }
 
-    let reread = Rc::new(Notify::new());
     match &config.source {
         Source::File(path) => {
-            spawn(&mut tasks, "file source", source::file::watch(path.clone(), core.clone(), reread.clone()));
+            let watch = source::file::watch(path.clone(), core.clone(), rereads[0].clone());
+            spawn(&mut tasks, "file source", after_policies(core.clone(), watch));
         }
         Source::Stream(path) => {
             let listener = source::stream::listen(path)?;
-            spawn(&mut tasks, "stream source", source::stream::serve(listener, core.clone()));
+            let serve = source::stream::serve(listener, core.clone());
+            spawn(&mut tasks, "stream source", after_policies(core.clone(), serve));
         }
         Source::Kube => {
-            let client = source::kube::client(&config.kube).await?;
-            spawn(&mut tasks, "kube source", source::kube::serve(client, config.kube.clone(), core.clone()));
+            if let Some(client) = api {
+                let serve = source::kube::serve(client, config.kube.clone(), core.clone());
+                spawn(&mut tasks, "kube source", after_policies(core.clone(), serve));
+            }
         }
     }
     spawn(&mut tasks, "event ring", signal::watch(events, core.clone()));
@@ -144,7 +150,7 @@ async fn serve(config: Config) -> anyhow::Result<()> {
         let mut hangup = signal(SignalKind::hangup())?;
         while hangup.recv().await.is_some() {
             info!("SIGHUP: reading the source again");
-            reread.notify_one();
+            rereads.iter().for_each(|reread| reread.notify_one());
         }
         Ok(())
     });
@@ -173,6 +179,12 @@ async fn serve(config: Config) -> anyhow::Result<()> {
         Err(ended) => ended.context("a part of the agent panicked")??,
     }
     Ok(())
+}
+
+/// What is to be let into a pod is known before the pod is.
+async fn after_policies(core: Shared, source: impl Future<Output = std::io::Result<()>>) -> std::io::Result<()> {
+    mesh::policies_known(&core).await;
+    source.await
 }
 
 fn spawn(

@@ -232,6 +232,7 @@ impl Cluster {
             kubeconfig: self.kubeconfig,
             node: self.node_name.unwrap_or_else(|| host().unwrap_or_default()),
             cri: self.cri_socket.unwrap_or_default(),
+            mesh: false,
         }
     }
 }
@@ -312,11 +313,12 @@ impl Options {
             TcxUse::Auto => Tcx::Auto,
             TcxUse::Off => Tcx::Off,
         };
+        let mesh = self.mesh.resolve()?;
         // Who runs in a cluster is watched over there.
         let unset = if source == Source::Kube { Some(CLUSTER_METRICS) } else { None };
         Ok(Config {
             source,
-            kube: self.cluster.settings(),
+            kube: source::kube::Settings { mesh: mesh.is_some(), ..self.cluster.settings() },
             state_dir: self.place.state_dir(),
             kernel,
             host: self.host.unwrap_or(false),
@@ -325,7 +327,7 @@ impl Options {
             on_exit: self.on_exit.unwrap_or_default(),
             ready_file: self.ready_file,
             metrics: self.metrics_address.map_or(unset, |address| address.0),
-            mesh: self.mesh.resolve()?,
+            mesh,
             log_format: self.log_format.unwrap_or_default(),
             log_level: self.log_level.unwrap_or_else(|| "info".into()),
             given,

@@ -69,8 +69,12 @@ fn follow(
     scenario: impl AsyncFnOnce(Rc<Follower>, Arc<tokio::sync::Mutex<ControlPlane>>) -> Result<()>,
 ) -> Result<()> {
     let control = ControlPlane::api_only()?;
-    let settings =
-        kube::Settings { kubeconfig: Some(control.site.file(&format!("{user}.kubeconfig"))), node: "node-1".into() };
+    let settings = kube::Settings {
+        kubeconfig: Some(control.site.file(&format!("{user}.kubeconfig"))),
+        node: "node-1".into(),
+        cri: kube::cri::Socket::Off,
+        mesh: true,
+    };
     let control = Arc::new(tokio::sync::Mutex::new(control));
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
     runtime.block_on(LocalSet::new().run_until(async {

@@ -8,7 +8,10 @@ use std::{
     path::PathBuf,
     pin::Pin,
     rc::Rc,
-    sync::Arc,
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering::Relaxed},
+    },
     time::Duration,
 };
 
@@ -29,11 +32,14 @@ use crate::{
         Problem, Registry,
         change::{Change, Netns, PodId},
     },
+    source,
     tunnel::{Count, Opened, Shared, Tunnel},
 };
 
 /// How often listeners that could not be opened are tried again, and the node's addresses looked at.
 const AGAIN: Duration = Duration::from_secs(3);
+/// How long the source of pods waits for the policies at the start.
+const POLICIES_WITHIN: Duration = Duration::from_secs(10);
 /// Where Istio's node agent has the kubelet's probes come from, if it runs here too.
 const PROBES: [&str; 2] = ["169.254.7.127", "fd16:9254:7127:1337:ffff:ffff:ffff:ffff"];
 
@@ -59,17 +65,21 @@ struct Parts {
 }
 
 impl Mesh {
-    /// Reads the policies and opens the source of identities: without them nothing may start.
-    pub fn start(settings: &MeshSettings, maps: TunnelMaps) -> anyhow::Result<(Self, Vec<Part>)> {
+    /// Opens the sources of policies and of identities. `reread` is rung by SIGHUP; `api`: where policies may be, too.
+    pub fn start(
+        settings: &MeshSettings,
+        maps: TunnelMaps,
+        reread: Rc<Notify>,
+        api: Option<kube::Client>,
+    ) -> anyhow::Result<(Self, Vec<Part>)> {
         let policies = Arc::new(Enforcement::new(&settings.root_namespace));
         let mut parts: Vec<Part> = Vec::new();
         if let Some(path) = &settings.policies {
-            let mut objects = Vec::new();
-            for file in policy::file::files(path)? {
-                objects.extend(policy::file::read_file(&file)?.objects);
-            }
-            let kinds = [policy::object::Kind::AuthorizationPolicy, policy::object::Kind::PeerAuthentication];
-            policies.change(|policies| policies.sync(policy::Origin::File, &kinds, objects));
+            let watch = source::policies::file::watch(path.clone(), policies.clone(), reread);
+            parts.push(("policy files", Box::pin(watch)));
+        }
+        if let Some(client) = api {
+            parts.push(("policies of the API", Box::pin(source::policies::kube::serve(client, policies.clone()))));
         }
         let authority = settings.identity.open()?;
         let store = Store::new(authority, Default::default());
@@ -81,9 +91,12 @@ impl Mesh {
                 Ok(())
             }),
         ));
-        let rules = policies.clone();
-        let directory = Directory::new(settings.trust_domain.clone(), Box::new(move |pod| plaintext(&rules, pod)));
-        let shared = Shared::new(maps.clone(), directory.view(), store.clone(), policies.clone(), settings.local_tls);
+        let (rules, known) = (policies.clone(), Arc::new(AtomicBool::new(false)));
+        let are_known = known.clone();
+        let rules = move |pod: &_| if known.load(Relaxed) { plaintext(&rules, pod) } else { Plaintext::Refused };
+        let directory = Directory::new(settings.trust_domain.clone(), Box::new(rules));
+        let shared =
+            Shared::new(maps.clone(), directory.view(), store.clone(), policies.clone(), are_known, settings.local_tls);
         let tunnel = Tunnel::start(shared, settings.workers).context("the tunnel's threads cannot be started")?;
         let mesh = Parts {
             directory,
@@ -184,6 +197,9 @@ impl Mesh {
 
     fn policies_changed(&mut self) {
         if let Some(mesh) = &mut self.0 {
+            if mesh.policies.snapshot().settled() {
+                mesh.tunnel.shared().policies_are_known();
+            }
             mesh.directory.policies_changed();
             mesh.flush(true);
         }
@@ -244,6 +260,16 @@ fn plaintext(policies: &Enforcement, pod: &policy::Workload) -> Plaintext {
     } else {
         Plaintext::Asked
     }
+}
+
+/// Until the policies are known, or it takes too long: then pods here are closed to all until they are.
+pub async fn policies_known(core: &SharedCore) {
+    let policies = core.borrow().mesh.0.as_ref().map(|mesh| mesh.policies.clone());
+    let Some(policies) = policies else { return };
+    if tokio::time::timeout(POLICIES_WITHIN, policies.settled()).await.is_err() {
+        warn!("the policies are not known yet: nothing enters the pods of the mesh here until they are");
+    }
+    core.borrow_mut().mesh.policies_changed();
 }
 
 /// Opens listeners as they are wanted, follows the policies and the node's addresses.

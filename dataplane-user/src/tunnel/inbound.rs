@@ -146,7 +146,10 @@ impl Inbound {
     /// What the policies say, told and counted.
     fn admitted(&self, workload: &Workload, client: Option<&SpiffeId>, to: SocketAddr) -> bool {
         let Some(selected_by) = &workload.selected_by else { return true };
-        let decision = self.worker.shared.policies.admit(selected_by, &self.request(client, to));
+        let Some(decision) = self.worker.shared.admit(selected_by, &self.request(client, to)) else {
+            debug!(pod = %self.pod.name, peer = %self.peer, "refused: the policies are not known yet");
+            return false;
+        };
         if !decision.allow {
             self.worker.counts().one(Count::InboundDenied);
         }

@@ -15,7 +15,10 @@ use std::{
     fs::File,
     io,
     path::PathBuf,
-    sync::{Arc, PoisonError, RwLock},
+    sync::{
+        Arc, PoisonError, RwLock,
+        atomic::{AtomicBool, Ordering::Relaxed},
+    },
 };
 
 use tokio::sync::{mpsc::UnboundedSender, watch};
@@ -27,7 +30,12 @@ use self::{
     worker::{Order, Worker},
 };
 use crate::{
-    hbone::server::Phase, identity::Store, kernel::TunnelMaps, mesh::View, policy::Enforcement, registry::change::PodId,
+    hbone::server::Phase,
+    identity::Store,
+    kernel::TunnelMaps,
+    mesh::View,
+    policy::{self, Enforcement},
+    registry::change::PodId,
 };
 
 /// What all workers look up.
@@ -36,6 +44,8 @@ pub struct Shared {
     pub view: Arc<View>,
     pub store: Arc<Store>,
     pub policies: Arc<Enforcement>,
+    /// Every source of policies has told all it has once: before that nothing is let in.
+    policies_known: Arc<AtomicBool>,
     pub counts: Counts,
     /// Connections between two pods of this node go through TLS too.
     pub local_tls: bool,
@@ -48,9 +58,20 @@ impl Shared {
         view: Arc<View>,
         store: Arc<Store>,
         policies: Arc<Enforcement>,
+        policies_known: Arc<AtomicBool>,
         local_tls: bool,
     ) -> Self {
-        Self { maps, view, store, policies, counts: Counts::default(), local_tls, pods: RwLock::default() }
+        let (counts, pods) = Default::default();
+        Self { maps, view, store, policies, policies_known, counts, local_tls, pods }
+    }
+
+    pub fn policies_are_known(&self) {
+        self.policies_known.store(true, Relaxed);
+    }
+
+    /// May it come in? Counted. `None`: that cannot be said yet.
+    fn admit(&self, workload: &policy::Workload, request: &policy::Request<'_>) -> Option<policy::Decision> {
+        self.policies_known.load(Relaxed).then(|| self.policies.admit(workload, request))
     }
 
     fn pod(&self, pod: PodId) -> Option<Arc<LocalPod>> {

@@ -228,10 +228,13 @@ impl Outbound<'_> {
                 destination_ip: at.ip(),
                 destination_port: at.port(),
             };
-            let decision = shared.policies.admit(workload, &request);
-            if !decision.allow {
-                shared.counts.one(Count::InboundDenied);
-                return Err(Failure::Denied(decision.to_string()));
+            match shared.admit(workload, &request) {
+                Some(decision) if decision.allow => {}
+                Some(decision) => {
+                    shared.counts.one(Count::InboundDenied);
+                    return Err(Failure::Denied(decision.to_string()));
+                }
+                None => return Err(Failure::Denied("the policies are not known yet".into())),
             }
         }
         sockets::connect_within(shared, pod, at, Some(self.client), patience)

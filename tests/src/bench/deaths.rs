@@ -59,7 +59,12 @@ pub fn measure(_rig: &mut Rig, plan: &Plan) -> Result<Vec<Figure>> {
 
 fn deaths(scene: &Scene, count: u32) -> Result<Times> {
     let (control, node) = (&scene.cluster.control, scene.cluster.node(1));
-    let settings = Settings { kubeconfig: Some(control.kubeconfig()), node: node.name.clone(), cri: cri::Socket::Off };
+    let settings = Settings {
+        kubeconfig: Some(control.kubeconfig()),
+        node: node.name.clone(),
+        cri: cri::Socket::Off,
+        mesh: false,
+    };
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
     let (tasks, told) = (LocalSet::new(), Told::default());
     let client = tasks.block_on(&runtime, client(&settings))?;

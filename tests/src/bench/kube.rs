@@ -45,7 +45,8 @@ const PORT: u16 = 8080;
 pub fn measure(_rig: &mut Rig, plan: &Plan) -> Result<Vec<Figure>> {
     let control = ControlPlane::api_only()?;
     let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build()?;
-    let settings = Settings { kubeconfig: Some(control.kubeconfig()), node: "node-1".into(), cri: cri::Socket::Off };
+    let settings =
+        Settings { kubeconfig: Some(control.kubeconfig()), node: "node-1".into(), cri: cri::Socket::Off, mesh: false };
     let api = runtime.block_on(async { client(&settings).await.map(Api) })?;
     let filling = Instant::now();
     runtime.block_on(fill(&api)).context("fill the API server")?;

@@ -51,6 +51,8 @@ pub struct Settings {
     pub node: String,
     /// Where the node's container runtime is asked.
     pub cri: cri::Socket,
+    /// Who the pods of other nodes are counts too.
+    pub mesh: bool,
 }
 
 /// Reads the credentials; nothing is asked yet.
@@ -84,7 +86,7 @@ pub async fn serve(client: Client, settings: Settings, core: Shared) -> io::Resu
     let others = format!("spec.nodeName!={}", settings.node);
     let this_node = format!("metadata.name={}", settings.node);
     let source = Rc::new(Source {
-        world: RefCell::new(World::new(&settings.node)),
+        world: RefCell::new(World::new(&settings.node).with_mesh(settings.mesh)),
         core,
         failures: RefCell::default(),
         listed: RefCell::default(),

@@ -3,9 +3,11 @@
 //! Field names and meanings are those of the API (core/v1, discovery.k8s.io/v1). What the API server would have
 //! refused may come all the same: numbers are read wide and judged by [`super::world`].
 
-use std::{net::IpAddr, sync::Arc};
+use std::{collections::BTreeMap, net::IpAddr, sync::Arc};
 
 use serde::{Deserialize, Deserializer};
+
+use crate::model::GATEWAY_LABEL;
 
 /// Which kind of object a type is.
 pub trait Object: for<'de> Deserialize<'de> + Send + 'static {
@@ -34,17 +36,32 @@ pub struct Meta {
 }
 
 /// The labels that mean something here.
-#[derive(Clone, Debug, Default, Deserialize, PartialEq, Eq)]
-#[serde(default)]
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Labels {
-    #[serde(rename = "istio.io/dataplane-mode")]
+    /// `istio.io/dataplane-mode`
     pub mode: Option<String>,
-    #[serde(rename = "gateway.networking.k8s.io/gateway-name")]
+    /// [`GATEWAY_LABEL`]
     pub gateway: Option<String>,
-    #[serde(rename = "kubernetes.io/service-name")]
+    /// `kubernetes.io/service-name`
     pub service: Option<String>,
-    #[serde(rename = "topology.kubernetes.io/zone")]
+    /// `topology.kubernetes.io/zone`
     pub zone: Option<String>,
+    /// All of them, these too: what policies select by.
+    pub all: BTreeMap<Arc<str>, Arc<str>>,
+}
+
+impl<'de> Deserialize<'de> for Labels {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        let all = BTreeMap::<Arc<str>, Arc<str>>::deserialize(deserializer)?;
+        let named = |name: &str| all.get(name).map(|value| value.as_ref().to_owned());
+        Ok(Self {
+            mode: named("istio.io/dataplane-mode"),
+            gateway: named(GATEWAY_LABEL),
+            service: named("kubernetes.io/service-name"),
+            zone: named("topology.kubernetes.io/zone"),
+            all,
+        })
+    }
 }
 
 /// The annotations that mean something here.
@@ -107,25 +124,38 @@ pub struct Pod {
     pub status: PodStatus,
 }
 
-/// A pod of another node: all that counts of it is whether it ends.
+/// A pod of another node: what counts of it is whether it ends, and who it is in the mesh.
 #[derive(Clone, Debug, Default, Deserialize)]
 #[serde(default)]
 pub struct OtherPod {
     pub metadata: Meta,
     #[serde(deserialize_with = "or_default")]
-    pub status: Phase,
+    pub spec: OtherSpec,
+    #[serde(deserialize_with = "or_default")]
+    pub status: OtherStatus,
+}
+
+#[derive(Clone, Debug, Default, Deserialize)]
+#[serde(default, rename_all = "camelCase")]
+pub struct OtherSpec {
+    pub service_account_name: Option<String>,
+    #[serde(deserialize_with = "or_default")]
+    pub host_network: bool,
 }
 
 #[derive(Clone, Debug, Default, Deserialize)]
 #[serde(default)]
-pub struct Phase {
+pub struct OtherStatus {
     pub phase: Option<String>,
+    #[serde(rename = "podIPs", deserialize_with = "or_default")]
+    pub pod_ips: Vec<PodIp>,
 }
 
 #[derive(Clone, Debug, Default, Deserialize)]
 #[serde(default, rename_all = "camelCase")]
 pub struct PodSpec {
     pub node_name: Option<String>,
+    pub service_account_name: Option<String>,
     #[serde(deserialize_with = "or_default")]
     pub host_network: bool,
     #[serde(deserialize_with = "or_default")]

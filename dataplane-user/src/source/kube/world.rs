@@ -51,6 +51,10 @@ pub struct World {
     node_addresses: Vec<IpAddr>,
     /// Namespaces that are enrolled.
     ambient: HashSet<Name>,
+    /// There is a mesh: who the pods of other nodes are counts too.
+    mesh: bool,
+    /// The one copy of each service account's name.
+    accounts: HashSet<Name>,
     services: HashMap<Name, Service>,
     fleets: HashMap<Name, Fleet>,
     slices: HashMap<Name, Slice>,
@@ -69,6 +73,8 @@ impl World {
             zone: None,
             node_addresses: Vec::new(),
             ambient: HashSet::new(),
+            mesh: false,
+            accounts: HashSet::new(),
             services: HashMap::new(),
             fleets: HashMap::new(),
             slices: HashMap::new(),
@@ -77,6 +83,10 @@ impl World {
             images: HashMap::new(),
             taken: Taken::default(),
         }
+    }
+
+    pub fn with_mesh(self, mesh: bool) -> Self {
+        Self { mesh, ..self }
     }
 
     /// What followed since this was last asked.
@@ -116,7 +126,9 @@ impl World {
             return;
         }
         let within = |pod: &&Name| pod.split_once('/').is_some_and(|(namespace, _)| namespace == name);
-        let pods = self.local.iter().filter(within);
+        let here = self.local.iter().filter(within);
+        let others = self.mesh.then(|| self.pods.keys().filter(within).filter(|pod| !self.local.contains(*pod)));
+        let pods = here.chain(others.into_iter().flatten());
         let before: Vec<_> = pods.map(|pod| (pod.clone(), self.told(pod))).collect();
         if ambient {
             self.ambient.insert(name.into());

@@ -82,6 +82,8 @@ policy!(PeerAuthentication, "peerauthentication", "apis/security.istio.io/v1/pee
 struct Collection {
     kind: Kind,
     enforcement: Arc<Enforcement>,
+    /// Of a list that is under way.
+    pages: Vec<Parsed>,
     listed: bool,
     /// What was told of it last.
     failure: Option<String>,
@@ -89,17 +91,24 @@ struct Collection {
 
 impl Collection {
     fn new(kind: Kind, enforcement: Arc<Enforcement>) -> Self {
-        Self { kind, enforcement, listed: false, failure: None }
+        Self { kind, enforcement, pages: Vec::new(), listed: false, failure: None }
     }
 
     fn hear<T: Object + AsRef<Value>>(&mut self, word: Word<T>) {
         match word {
-            Word::Listed(objects) => {
-                let parsed = objects.iter().filter_map(|object| match object {
-                    Ok(object) => self.parse(object.as_ref()),
-                    Err(bad) => Some(self.malformed(bad)),
-                });
-                self.sync(parsed.collect());
+            Word::Page(objects) => {
+                for object in &objects {
+                    let parsed = match object {
+                        Ok(object) => self.parse(object.as_ref()),
+                        Err(bad) => Some(self.malformed(bad)),
+                    };
+                    self.pages.extend(parsed);
+                }
+                return;
+            }
+            Word::Listed(_) => {
+                let pages = std::mem::take(&mut self.pages);
+                self.sync(pages);
                 self.listed = true;
             }
             Word::Changed(object) => {
@@ -147,6 +156,8 @@ impl Collection {
 
     /// What is in force stays, whatever happens to the API server or the CRDs.
     fn failed(&mut self, failure: Failure) {
+        // A list that broke off begins anew.
+        self.pages.clear();
         if failure.absent && !self.listed {
             // Nobody can have written one: known, and none.
             self.listed = true;

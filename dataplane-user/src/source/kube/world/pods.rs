@@ -1,6 +1,9 @@
 //! Pods: which end, which run here, and which of those are enrolled.
 
-use std::{collections::HashSet, net::IpAddr};
+use std::{
+    collections::{BTreeMap, HashSet},
+    net::IpAddr,
+};
 
 use super::{AMBIENT, NONE, Name, Scope, World, slices::Uid};
 use crate::{
@@ -28,14 +31,45 @@ pub(super) struct Pod {
     pub scope: Scope,
     /// More of it, when it runs here in a network of its own.
     pub here: Option<Box<Here>>,
+    /// Who it is in the mesh, when it runs elsewhere in a network of its own.
+    member: Option<Box<Member>>,
+}
+
+/// A pod of another node, as far as the mesh is concerned.
+#[derive(Clone, Debug, PartialEq)]
+struct Member {
+    mode: Mode,
+    account: Name,
+    addresses: Box<[IpAddr]>,
+}
+
+/// What the pod itself says of its enrolment.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Mode {
+    Ambient,
+    None,
+    /// As its namespace says.
+    Unsaid,
+}
+
+impl Mode {
+    fn of(label: Option<&str>) -> Self {
+        match label {
+            Some(AMBIENT) => Self::Ambient,
+            Some(NONE) => Self::None,
+            _ => Self::Unsaid,
+        }
+    }
 }
 
 #[derive(Clone, Debug, PartialEq)]
 pub(super) struct Here {
     /// As cgroups name it.
     uid: String,
-    mode: Option<String>,
-    gateway: Option<String>,
+    mode: Mode,
+    /// Those that mean something to the registry; with a mesh all, by which policies select.
+    labels: BTreeMap<Name, Name>,
+    account: Option<Name>,
     declared_gateway: bool,
     addresses: Vec<IpAddr>,
     stops: Vec<Stop>,
@@ -70,14 +104,22 @@ impl World {
         let over = is_over(object.status.phase.as_deref());
         let here = (!object.spec.host_network).then(|| Box::new(self.here(object, over)));
         let ends = over || object.metadata.deletion_timestamp.is_some();
-        self.put_pod(name, Pod { uid, ends, scope: Scope::ThisNode, here });
+        self.put_pod(name, Pod { uid, ends, scope: Scope::ThisNode, here, member: None });
     }
 
     /// A pod of another node, or of none yet.
     pub fn other_pod(&mut self, object: &object::OtherPod) {
         let (name, uid) = self.lives(&object.metadata);
         let ends = object.metadata.deletion_timestamp.is_some() || is_over(object.status.phase.as_deref());
-        self.put_pod(name, Pod { uid, ends, scope: Scope::Others, here: None });
+        let over = is_over(object.status.phase.as_deref());
+        let addresses: Box<[IpAddr]> = object.status.pod_ips.iter().filter_map(|ip| ip.ip.parse().ok()).collect();
+        let in_mesh = self.mesh && !over && !object.spec.host_network && !addresses.is_empty();
+        let member = in_mesh.then(|| {
+            let mode = Mode::of(object.metadata.labels.mode.as_deref());
+            let account = self.account(object.spec.service_account_name.as_deref());
+            Box::new(Member { mode, account, addresses })
+        });
+        self.put_pod(name, Pod { uid, ends, scope: Scope::Others, here: None, member });
     }
 
     /// Who a pod is. A name's next life, such as a StatefulSet's, is another pod: the former one's end was not heard of.
@@ -130,7 +172,7 @@ impl World {
     pub fn unfound(&self) -> Vec<(Name, String)> {
         let unfound = self.local.iter().filter_map(|name| {
             let here = self.here_of(name)?;
-            let wanted = here.process.is_none() && !here.over && self.enrolled(name, here);
+            let wanted = here.process.is_none() && !here.over && self.enrolled(name, here.mode);
             wanted.then(|| (name.clone(), here.uid.clone()))
         });
         unfound.collect()
@@ -167,7 +209,7 @@ impl World {
 
     fn images_in_use(&self) -> impl Iterator<Item = Name> + '_ {
         let local = self.local.iter().filter_map(|name| Some((name, self.here_of(name)?)));
-        let enrolled = local.filter(|(name, here)| !here.over && self.enrolled(name, here));
+        let enrolled = local.filter(|(name, here)| !here.over && self.enrolled(name, here.mode));
         enrolled.flat_map(|(_, here)| &here.stops).filter_map(|stop| match stop {
             Stop::As(image) => Some(image.clone()),
             Stop::By(_) => None,
@@ -219,29 +261,39 @@ impl World {
     pub(super) fn told(&self, name: &Name) -> Option<model::Pod> {
         let pod = self.pods.get(name)?.pod.as_ref()?;
         let plain = || pod.ends.then(|| elsewhere(name, true));
+        if let Some(member) = &pod.member
+            && self.enrolled(name, member.mode)
+        {
+            return Some(model::Pod {
+                addresses: member.addresses.to_vec(),
+                enrolled: true,
+                service_account: Some(member.account.clone()),
+                ..elsewhere(name, pod.ends)
+            });
+        }
         let Some(here) = &pod.here else { return plain() };
-        let enrolled = self.enrolled(name, here);
+        let enrolled = self.enrolled(name, here.mode);
         let Some(process) = here.process.filter(|_| !here.over && (enrolled || here.was_enrolled)) else {
             return plain();
         };
-        let label = here.gateway.as_deref().map(|gateway| (model::GATEWAY_LABEL.into(), gateway.into()));
         Some(model::Pod {
             addresses: here.addresses.clone(),
             pid: Some(process.pid),
             enrolled,
             gateway: here.declared_gateway,
-            labels: label.into_iter().collect(),
+            labels: here.labels.clone(),
+            service_account: here.account.clone(),
             stop_signals: self.stop_signals(here),
             ..elsewhere(name, pod.ends)
         })
     }
 
     /// As Istio's node agent decides: either label enrols, `none` on the pod wins.
-    fn enrolled(&self, name: &str, here: &Here) -> bool {
-        match here.mode.as_deref() {
-            Some(NONE) => false,
-            Some(AMBIENT) => true,
-            _ => name.split_once('/').is_some_and(|(namespace, _)| self.ambient.contains(namespace)),
+    fn enrolled(&self, name: &str, mode: Mode) -> bool {
+        match mode {
+            Mode::None => false,
+            Mode::Ambient => true,
+            Mode::Unsaid => name.split_once('/').is_some_and(|(namespace, _)| self.ambient.contains(namespace)),
         }
     }
 
@@ -255,10 +307,17 @@ impl World {
         let addresses = object.status.pod_ips.iter().filter_map(|ip| ip.ip.parse().ok());
         let before = self.here_of(&name);
         let (process, was_enrolled) = before.map_or((None, false), |here| (here.process, here.was_enrolled));
+        let (labels, account) = if self.mesh {
+            (meta.labels.all.clone(), Some(self.account(object.spec.service_account_name.as_deref())))
+        } else {
+            let gateway = meta.labels.gateway.as_deref();
+            (gateway.map(|gateway| (model::GATEWAY_LABEL.into(), gateway.into())).into_iter().collect(), None)
+        };
         Here {
             uid: meta.annotations.config_hash.clone().unwrap_or_else(|| meta.uid.clone()),
-            mode: meta.labels.mode.clone(),
-            gateway: meta.labels.gateway.clone(),
+            mode: Mode::of(meta.labels.mode.as_deref()),
+            labels,
+            account,
             declared_gateway: meta.annotations.gateway.as_deref() == Some("true"),
             addresses: addresses.collect(),
             stops: self.stops(object, &name),
@@ -318,6 +377,17 @@ impl World {
     /// The one copy of an image's name.
     fn image_named(&self, image: &str) -> Name {
         self.images.get_key_value(image).map_or_else(|| image.into(), |(known, _)| known.clone())
+    }
+
+    /// The one copy of a service account's name. Kubernetes fills in `default` where none is named.
+    fn account(&mut self, name: Option<&str>) -> Name {
+        let name = name.filter(|name| !name.is_empty()).unwrap_or("default");
+        if let Some(known) = self.accounts.get(name) {
+            return known.clone();
+        }
+        let account: Name = name.into();
+        self.accounts.insert(account.clone());
+        account
     }
 
     /// The one copy of a pod's name.
