@@ -89,6 +89,9 @@ pub async fn plaintext(
     }
 }
 
+/// Backends that a stream for a dead application is tried on.
+const BOUNCES: usize = 8;
+
 /// One stream, or one connection of plaintext, into a pod.
 struct Inbound {
     worker: Rc<Worker>,
@@ -126,9 +129,8 @@ impl Inbound {
             match sockets::connect_within(&self.worker.shared, &self.pod, to, Some(client), DIAL_WITHIN).await {
                 Ok(application) => application,
                 Err(error) => {
-                    counts.one(Count::InboundFailed);
                     debug!(pod = %self.pod.name, %to, %error, "the application could not be reached");
-                    return answer.refuse(Refusal::Unavailable);
+                    return self.bounce(&request, answer, to, client).await;
                 }
             };
         let stream = match answer.accept(Some(&about(&workload))) {
@@ -141,6 +143,44 @@ impl Inbound {
         let relayed = relay::tunnel(application, stream, &bytes);
         self.until_revoked(&workload, Some(&request.client), to, relayed).await;
         self.count(&bytes);
+    }
+
+    /// The application is gone while its pod's network lives: another backend of the same services takes the stream, if
+    /// one runs here. Only for peers that would not try another one themselves. What was proved of the client holds
+    /// there too, because this node saw the proof; to another node it could not be passed on. And as it goes to an
+    /// application, not to an agent, it goes no further.
+    async fn bounce(&self, request: &server::Request, answer: Answer, to: SocketAddr, client: SocketAddr) {
+        let shared = &self.worker.shared;
+        let refused = |answer: Answer| {
+            shared.counts.one(Count::InboundFailed);
+            answer.refuse(Refusal::Unavailable);
+        };
+        let group = match shared.maps.group_of(to) {
+            Ok(Some(group)) if !request.metadata.tries_elsewhere => group,
+            _ => return refused(answer),
+        };
+        let (dead, service) = group;
+        let mut tried = vec![dead.backend];
+        for _ in 0..BOUNCES {
+            let Ok(Some(other)) = shared.maps.pick(service, &tried, &mut || self.worker.random()) else { break };
+            tried.push(other.backend);
+            let Some(workload) = shared.view.at(&other.at.ip()) else { continue };
+            let Some(pod) = shared.pod(workload.pod) else { continue };
+            let there = Inbound { worker: self.worker.clone(), pod: pod.clone(), peer: self.peer, here: self.here };
+            if !there.admitted(&workload, Some(&request.client), other.at) {
+                continue;
+            }
+            let dialled = sockets::connect_within(shared, &pod, other.at, Some(client), DIAL_WITHIN).await;
+            let Ok(application) = dialled else { continue };
+            let Ok(stream) = answer.accept(Some(&about(&workload))) else { return };
+            shared.counts.one(Count::InboundBounced);
+            debug!(pod = %self.pod.name, to = %workload.name, "a stream for a dead application was taken by another");
+            let bytes = Bytes::default();
+            let relayed = relay::tunnel(application, stream, &bytes);
+            there.until_revoked(&workload, Some(&request.client), other.at, relayed).await;
+            return there.count(&bytes);
+        }
+        refused(answer);
     }
 
     /// What the policies say, told and counted.
@@ -186,6 +226,7 @@ impl Inbound {
         to: SocketAddr,
         relayed: impl Future<Output = Result<(), E>>,
     ) {
+        let _carrying = self.worker.shared.carrying();
         let mut changes = self.worker.shared.policies.subscribe();
         let revoked = async {
             while changes.changed().await.is_ok() {

@@ -203,6 +203,7 @@ impl Outbound<'_> {
             baggage: Some(about(self.source)),
             forwarded: Some(Forwarded::new(self.client, None)),
             traceparent: None,
+            tries_elsewhere: true,
         };
         let connect = Connect { patience, within: CONNECT_WITHIN, ..Connect::new(Authority::Address(at), metadata) };
         let dial = || {
@@ -244,6 +245,7 @@ impl Outbound<'_> {
     }
 
     async fn relay(&self, socket: TcpStream, leg: Leg) {
+        let _carrying = self.worker.shared.carrying();
         let bytes = Bytes::default();
         let (count, ended) = match leg {
             Leg::Tunnel(stream) => {
