@@ -22,8 +22,7 @@ use super::{
 };
 
 /// rustls asks for 4 KiB at a time, whatever is waiting: a bulk transfer would cost a system call for every 4 KiB.
-/// Below glibc's threshold for a mapping of its own, so that taking and giving back the buffer is cheap.
-const BULK: usize = 64 << 10;
+const BULK: usize = 128 << 10;
 
 /// What the connection's other tasks learn about its socket.
 #[derive(Clone)]

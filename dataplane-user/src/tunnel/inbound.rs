@@ -227,16 +227,8 @@ impl Inbound {
         relayed: impl Future<Output = Result<(), E>>,
     ) {
         let _carrying = self.worker.shared.carrying();
-        let mut changes = self.worker.shared.policies.subscribe();
-        let revoked = async {
-            while changes.changed().await.is_ok() {
-                let Some(selected_by) = &workload.selected_by else { continue };
-                if !self.worker.shared.policies.of(selected_by).decide(&self.request(client, to)).allow {
-                    return;
-                }
-            }
-            std::future::pending().await
-        };
+        let request = self.request(client, to);
+        let revoked = self.worker.shared.revoked(workload.selected_by.as_deref(), &request);
         tokio::select! {
             ended = relayed => if let Err(error) = ended {
                 debug!(pod = %self.pod.name, peer = %self.peer, %error, "a connection was cut");

@@ -92,6 +92,20 @@ impl Shared {
     }
 }
 
+impl Shared {
+    /// Ends when the policies forbid what they had allowed; never without policies.
+    async fn revoked(&self, workload: Option<&policy::Workload>, request: &policy::Request<'_>) {
+        let Some(workload) = workload else { return std::future::pending().await };
+        let mut changes = self.policies.subscribe();
+        // What changed between the answer and now counts too.
+        while self.policies.of(workload).decide(request).allow {
+            if changes.changed().await.is_err() {
+                return std::future::pending().await;
+            }
+        }
+    }
+}
+
 /// Counts while it lives.
 struct Carrying(Arc<Shared>);
 
