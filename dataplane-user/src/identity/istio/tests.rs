@@ -1,5 +1,4 @@
 //! Against a server that speaks Istio's protocol over TLS: what is sent, what is taken, and what each failure is called.
-//! The real istiod is asked in tests/tests/identity.rs.
 
 use std::{fs, sync::Arc};
 
