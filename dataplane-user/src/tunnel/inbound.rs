@@ -14,6 +14,7 @@ use super::{
 use crate::{
     hbone::{
         headers::Authority,
+        local,
         relay::{self, Counts as Bytes},
         server::{self, Answer, Refusal},
     },
@@ -77,7 +78,7 @@ pub async fn plaintext(
         Ok(application) => {
             worker.counts().one(Count::InboundPlain);
             let bytes = Bytes::default();
-            let relayed = relay::local(socket, application, &bytes);
+            let relayed = local::relay(socket, application, &bytes);
             inbound.until_revoked(&workload, None, here, relayed).await;
             inbound.count(&bytes);
         }

@@ -15,6 +15,7 @@ use crate::{
         Stream,
         client::{Connect, ConnectError},
         headers::{Authority, Baggage, Forwarded, Metadata},
+        local,
         pool::Key,
         relay::{self, Counts as Bytes},
     },
@@ -262,7 +263,7 @@ impl Outbound<'_> {
                 let request = self.request(at);
                 let revoked = self.worker.shared.revoked(destination.selected_by.as_deref(), &request);
                 let ended = tokio::select! {
-                    ended = relay::local(socket, far, &bytes) => ended.map_err(|error| error.to_string()),
+                    ended = local::relay(socket, far, &bytes) => ended.map_err(|error| error.to_string()),
                     () = revoked => {
                         self.worker.counts().one(Count::Revoked);
                         Err("the policies forbid it now".into())
@@ -272,7 +273,7 @@ impl Outbound<'_> {
             }
             Leg::Plain(far) => {
                 self.worker.counts().one(Count::OutboundPlain);
-                (Count::OutboundPlain, relay::local(socket, far, &bytes).await.map_err(|e| e.to_string()))
+                (Count::OutboundPlain, local::relay(socket, far, &bytes).await.map_err(|e| e.to_string()))
             }
         };
         self.worker.counts().add(Count::BytesSent, bytes.sent.get());
