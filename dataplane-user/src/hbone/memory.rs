@@ -1,4 +1,4 @@
-//! Buffers of 128 KiB come and go with every few packets: they must not go back to the kernel each time.
+//! Buffers of 64 KiB come and go with every few packets: they must not go back to the kernel each time.
 
 /// Keeps up to 16 MiB of freed memory per worker instead of unmapping it. glibc's default is 128 KiB, with which a
 /// quarter of a bulk receiver's time goes into page faults. Call once, before the workers start.

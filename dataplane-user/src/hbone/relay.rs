@@ -25,7 +25,7 @@ use super::Stream;
 pub(super) const SMALL: usize = 16 << 10;
 const SMALLEST: usize = 4 << 10;
 /// … and one that fills its buffer soon reads so much.
-pub(super) const LARGE: usize = 128 << 10;
+pub(super) const LARGE: usize = 64 << 10;
 /// Frames written to the application in one system call.
 const GATHER: usize = 32;
 

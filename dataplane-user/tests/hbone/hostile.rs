@@ -63,7 +63,10 @@ impl Target {
     }
 }
 
-fn wrong_leaves(id: &SpiffeId) -> Vec<(&'static str, Leaf, fn(&TlsError) -> bool)> {
+/// What is wrong, the certificate, and whether an error says so.
+type Case = (&'static str, Leaf, fn(&TlsError) -> bool);
+
+fn wrong_leaves(id: &SpiffeId) -> Vec<Case> {
     let good = Leaf::of(id);
     let named = |names: &[&str]| Leaf { names: names.iter().map(ToString::to_string).collect(), ..good.clone() };
     let mut none = good.clone();
