@@ -26,18 +26,12 @@ fn mesh(webs: &[usize], more: &[&str]) -> Result<(Scene, Mesh)> {
 }
 
 fn joined(scene: &Scene, node: usize, pod: &str) {
-    let has_joined = || {
-        let status = scene.agent(node).status().expect("a status");
-        let rows = status["pods"].as_array().expect("pods").clone();
-        rows.iter().any(|row| row["name"] == pod && row["inMesh"] == true)
-    };
-    eventually(has_joined, &format!("{pod} joins the mesh"));
+    scene.agent(node).wait_joined(pod).expect("it joins the mesh");
 }
 
 /// A counter of the tunnel, over the agents.
 fn tunnel(scene: &Scene, name: &str) -> u64 {
-    let of = |status: serde_json::Value| status["tunnel"][name].as_u64().unwrap_or_else(|| panic!("{name}: {status}"));
-    scene.agents.iter().map(|agent| of(agent.status().expect("a status"))).sum()
+    scene.agents.iter().map(|agent| agent.tunnel().expect("a status")[name]).sum()
 }
 
 fn kill(web: &Web) {
