@@ -20,7 +20,7 @@ const IMAGE: &str = "hitless.test/nginx-quit:1";
 fn restart(scene: &Scene, server: &trouble::Server) -> Result<()> {
     let pid = scene.node_of(server).pid(&server.container)?;
     fs::write(format!("/proc/{pid}/root/tmp/sick"), "").context("make a server sick")?;
-    scene.wait_restarted(server)
+    scene.wait_restarted(server).map(drop)
 }
 
 /// Which signal said that a pod's container was to stop, and who said first that the pod goes.

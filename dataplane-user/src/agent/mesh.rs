@@ -24,7 +24,7 @@ use super::core::Shared as SharedCore;
 use crate::{
     config::MeshSettings,
     identity::Store,
-    kernel::{Error, Kernel, TunnelMaps},
+    kernel::{self, Error, Kernel, TunnelMaps},
     mesh::{Directory, Plaintext, Write},
     model::Event,
     policy::{self, Enforcement, Mode},
@@ -97,6 +97,8 @@ impl Mesh {
         let directory = Directory::new(settings.trust_domain.clone(), Box::new(rules));
         let shared =
             Shared::new(maps.clone(), directory.view(), store.clone(), policies.clone(), are_known, settings.local_tls);
+        // Before the first of the tunnel's buffers.
+        kernel::keep_heap();
         let tunnel = Tunnel::start(shared, settings.workers).context("the tunnel's threads cannot be started")?;
         let mesh = Parts {
             directory,

@@ -8,7 +8,6 @@ pub mod client;
 pub mod headers;
 mod keepalive;
 pub mod local;
-pub mod memory;
 mod pipe;
 pub mod pool;
 pub mod relay;

@@ -54,7 +54,7 @@ pub use pins::cgroup2_root;
 pub use reader::Reader;
 pub use snapshot::{LinkState, Removed, Snapshot, State, snapshot, uninstall};
 pub use sweep::Swept;
-pub use sys::trim_heap;
+pub use sys::{keep_heap, trim_heap};
 pub use tunnel::{Target, TunnelMaps};
 pub use writer::Rejected;
 

@@ -428,6 +428,22 @@ pub fn map_info(map: BorrowedFd<'_>) -> io::Result<MapInfo> {
     Ok(info)
 }
 
+/// Has the allocator keep up to 16 MiB of freed memory instead of unmapping it: buffers of 64 KiB come and go with every few
+/// packets of the tunnel. glibc's default is 128 KiB, with which a quarter of a bulk receiver's time goes into page
+/// faults. Call once, before the tunnel's threads start.
+pub fn keep_heap() {
+    #[cfg(target_env = "gnu")]
+    {
+        const KEPT: libc::c_int = 16 << 20;
+        // Larger than any buffer there, 1 MiB frames of other proxies included.
+        const MAPPED: libc::c_int = 4 << 20;
+        for (parameter, bytes) in [(libc::M_TRIM_THRESHOLD, KEPT), (libc::M_MMAP_THRESHOLD, MAPPED)] {
+            // SAFETY: it sets a parameter of the allocator, under the allocator's own lock.
+            unsafe { libc::mallopt(parameter, bytes) };
+        }
+    }
+}
+
 /// Gives memory that the allocator keeps for later back to the system.
 pub fn trim_heap() {
     #[cfg(target_env = "gnu")]

@@ -15,7 +15,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use dataplane_user::hbone::{Timeouts, local, memory, relay::Counts};
+use dataplane_user::hbone::{Timeouts, local, relay::Counts};
 use nix::sys::{
     resource::{UsageWho, getrusage},
     time::TimeVal,
@@ -32,7 +32,7 @@ fn length() -> Duration {
 #[test]
 #[ignore = "a benchmark, for an idle machine and a release build"]
 fn speed() {
-    memory::keep_what_is_freed();
+    dataplane_user::kernel::keep_heap();
     let (sink, echo) = (listen(swallow), listen(send_back));
     let tunnel = Tunnel::start();
     let (tunnelled_sink, tunnelled_echo) = (tunnel.to(sink), tunnel.to(echo));

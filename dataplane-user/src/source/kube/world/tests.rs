@@ -168,8 +168,12 @@ fn put(world: &mut World, pod: &object::Pod, scope: Scope) {
     match scope {
         Scope::ThisNode => world.pod(pod),
         Scope::Others => {
-            let status = object::Phase { phase: pod.status.phase.clone() };
-            world.other_pod(&object::OtherPod { metadata: pod.metadata.clone(), status });
+            let spec = object::OtherSpec {
+                service_account_name: pod.spec.service_account_name.clone(),
+                host_network: pod.spec.host_network,
+            };
+            let status = object::OtherStatus { phase: pod.status.phase.clone(), pod_ips: pod.status.pod_ips.clone() };
+            world.other_pod(&object::OtherPod { metadata: pod.metadata.clone(), spec, status });
         }
     }
 }
@@ -428,6 +432,25 @@ fn endpoints_of_other_nodes_do_not_serve_a_local_service() {
     assert_eq!(world.snapshot().backends.len(), 1);
     world.service(&service("web", ""));
     assert_eq!(world.snapshot().backends.len(), 3);
+}
+
+#[test]
+fn with_a_mesh_it_is_told_who_the_enrolled_pods_of_other_nodes_are() {
+    let mut world = World::new(NODE).with_mesh(true);
+    put(&mut world, &pod("a", 1, false, "", ""), Scope::Others);
+    put(&mut world, &pod("b", 2, false, "ambient", ""), Scope::Others);
+    put(&mut world, &pod("c", 3, false, "none", ""), Scope::Others);
+    let members = |world: &World| -> Vec<String> {
+        let enrolled = world.snapshot().pods.into_iter().filter(|pod| pod.enrolled);
+        enrolled.map(|pod| format!("{} {} {:?}", pod.name, pod.addresses[0], pod.service_account)).collect()
+    };
+    assert_eq!(members(&world), [r#"shop/b 10.0.0.2 Some("default")"#]);
+    world.take();
+    world.namespace(&namespace(true));
+    assert_eq!(members(&world).len(), 2, "the namespace enrols, none wins");
+    assert_eq!(world.take().events.len(), 1);
+    put(&mut world, &pod("b", 2, false, "ambient", "failed"), Scope::Others);
+    assert_eq!(members(&world).len(), 1, "what is over has no address any more");
 }
 
 #[test]
