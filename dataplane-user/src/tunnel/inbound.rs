@@ -1,14 +1,21 @@
 //! What comes into a pod here: HBONE from other nodes, and plaintext that the policies are asked about.
 
-use std::{net::SocketAddr, rc::Rc, sync::Arc, time::Duration};
+use std::{
+    net::SocketAddr,
+    rc::Rc,
+    sync::Arc,
+    time::{Duration, Instant},
+};
 
 use tokio::net::TcpStream;
-use tracing::{debug, info};
+use tracing::debug;
 
 use super::{
     Count, LocalPod,
+    access::Access,
     outbound::about,
     sockets,
+    traffic::{Flags, Reporter},
     worker::{Worker, reset},
 };
 use crate::{
@@ -76,14 +83,17 @@ pub async fn plaintext(
     match sockets::connect_within(shared, pod, here, Some(peer), DIAL_WITHIN).await {
         Ok(application) => {
             worker.counts().one(Count::InboundPlain);
+            let open = inbound.access(&workload, None, here).open(shared);
             let bytes = Bytes::default();
-            let relayed = relay::local(socket, application, &bytes);
-            inbound.until_revoked(&workload, None, here, relayed).await;
+            let relayed = relay::local(application, socket, &bytes);
+            let ended = inbound.until_revoked(&workload, None, here, relayed).await;
             inbound.count(&bytes);
+            open.end(&bytes, ended.err().as_deref());
         }
         Err(error) => {
             worker.counts().one(Count::InboundFailed);
-            debug!(pod = %pod.name, %here, %error, "the application did not take captured plaintext");
+            let access = inbound.access(&workload, None, here);
+            access.failed(shared, Flags::NotConnected, &format!("the application did not take it: {error}"));
             reset(socket);
         }
     }
@@ -127,7 +137,9 @@ impl Inbound {
                 Ok(application) => application,
                 Err(error) => {
                     counts.one(Count::InboundFailed);
-                    debug!(pod = %self.pod.name, %to, %error, "the application could not be reached");
+                    let access = self.access(&workload, Some(&request.client), to);
+                    let error = format!("the application could not be reached: {error}");
+                    access.failed(&self.worker.shared, Flags::NotConnected, &error);
                     return answer.refuse(Refusal::Unavailable);
                 }
             };
@@ -137,14 +149,33 @@ impl Inbound {
             Err(error) => return debug!(pod = %self.pod.name, %error, "nobody waits for the answer any more"),
         };
         counts.one(Count::InboundTunnelled);
+        let open = self.access(&workload, Some(&request.client), to).open(&self.worker.shared);
         let bytes = Bytes::default();
         let relayed = relay::tunnel(application, stream, &bytes);
-        self.until_revoked(&workload, Some(&request.client), to, relayed).await;
+        let ended = self.until_revoked(&workload, Some(&request.client), to, relayed).await;
         self.count(&bytes);
+        open.end(&bytes, ended.err().as_deref());
+    }
+
+    fn access(&self, workload: &Arc<Workload>, client: Option<&SpiffeId>, to: SocketAddr) -> Access {
+        let source_workload = self.worker.shared.view.at(&self.peer.ip());
+        Access {
+            reporter: Reporter::Destination,
+            source: self.peer,
+            // A name is told of whoever proved it, or of plaintext that nobody proves.
+            source_workload: source_workload.filter(|one| client.is_none_or(|client| one.identity == *client)),
+            source_identity: client.cloned(),
+            destination: self.here,
+            hbone: client.map(|_| to),
+            service: None,
+            destination_workload: Some(workload.clone()),
+            destination_identity: Some(workload.identity.clone()),
+            began: Instant::now(),
+        }
     }
 
     /// What the policies say, told and counted.
-    fn admitted(&self, workload: &Workload, client: Option<&SpiffeId>, to: SocketAddr) -> bool {
+    fn admitted(&self, workload: &Arc<Workload>, client: Option<&SpiffeId>, to: SocketAddr) -> bool {
         let Some(selected_by) = &workload.selected_by else { return true };
         let Some(decision) = self.worker.shared.admit(selected_by, &self.request(client, to)) else {
             debug!(pod = %self.pod.name, peer = %self.peer, "refused: the policies are not known yet");
@@ -152,6 +183,7 @@ impl Inbound {
         };
         if !decision.allow {
             self.worker.counts().one(Count::InboundDenied);
+            self.access(workload, client, to).denied(&self.worker.shared);
         }
         Record {
             source: self.peer,
@@ -185,7 +217,7 @@ impl Inbound {
         client: Option<&SpiffeId>,
         to: SocketAddr,
         relayed: impl Future<Output = Result<(), E>>,
-    ) {
+    ) -> Result<(), String> {
         let mut changes = self.worker.shared.policies.subscribe();
         let revoked = async {
             while changes.changed().await.is_ok() {
@@ -197,12 +229,10 @@ impl Inbound {
             std::future::pending().await
         };
         tokio::select! {
-            ended = relayed => if let Err(error) = ended {
-                debug!(pod = %self.pod.name, peer = %self.peer, %error, "a connection was cut");
-            },
+            ended = relayed => ended.map_err(|error| error.to_string()),
             () = revoked => {
                 self.worker.counts().one(Count::Revoked);
-                info!(pod = %self.pod.name, peer = %self.peer, %to, "cut: the policies forbid it now");
+                Err("cut: the policies forbid it now".into())
             }
         }
     }
