@@ -1,15 +1,12 @@
 //! Rolling updates under load: nobody notices.
 
-use std::{collections::VecDeque, net::SocketAddr, thread, time::Duration};
+use std::{collections::VecDeque, thread, time::Duration};
 
 use anyhow::Result;
-use hitless_tests::{
-    lab::{
-        Process, Topology,
-        net::Family,
-        scene::{Scene, SceneSpec, Web},
-    },
-    workload::storm::Outcome,
+use hitless_tests::lab::{
+    Topology,
+    net::Family,
+    scene::{Scene, SceneSpec, Storm, Web},
 };
 
 const ROLLOUTS: usize = 20;
@@ -20,22 +17,6 @@ const LATE: Duration = Duration::from_secs(5);
 /// From a pod's deletion to its SIGTERM.
 const KUBELET: Duration = Duration::from_millis(5);
 
-fn start_storm(scene: &Scene, to: SocketAddr) -> Result<(Process, std::path::PathBuf)> {
-    let result = scene.client.place.file("storm.json");
-    let process = scene.client.workload(&[
-        "storm",
-        "--target",
-        &to.to_string(),
-        "--connections",
-        "1000000000",
-        "--threads",
-        "4",
-        "--result",
-        &result.to_string_lossy(),
-    ])?;
-    Ok((process, result))
-}
-
 /// How many the kernel has seen established.
 fn connections(scene: &Scene) -> Result<u64> {
     scene.counter("connects_established")
@@ -45,7 +26,7 @@ fn connections(scene: &Scene) -> Result<u64> {
 fn a_storm_loses_nothing(family: Family, topology: Topology) -> Result<()> {
     let mut scene = Scene::new(&SceneSpec { topology, webs: vec![], ..SceneSpec::default() })?;
     let mut webs: VecDeque<Web> = (0..PODS).map(|i| scene.add_web(1 + i % 2)).collect::<Result<_>>()?;
-    let (storm, result) = start_storm(&scene, scene.vip(family))?;
+    let storm = Storm::start(&scene.client, scene.vip(family), 4)?;
     let mut late = Vec::new();
     let mut rollouts = 0;
     while rollouts < ROLLOUTS {
@@ -71,9 +52,7 @@ fn a_storm_loses_nothing(family: Family, topology: Topology) -> Result<()> {
     while storm.running() && connections(&scene)? < CONNECTIONS as u64 {
         thread::sleep(Duration::from_millis(100));
     }
-    storm.sigterm()?;
-    storm.wait()?;
-    let outcome: Outcome = serde_json::from_str(&std::fs::read_to_string(result)?)?;
+    let outcome = storm.end()?;
     eprintln!(
         "{} connections in {:.1} s, {} rebound, connect p50 {} µs, p99 {} µs, max {} µs",
         outcome.connections,

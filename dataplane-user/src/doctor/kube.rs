@@ -68,7 +68,7 @@ mod tests {
     use crate::doctor::Status;
 
     fn reached(refused: &[(bool, &str)], node_known: bool) -> Check {
-        let settings = Settings { kubeconfig: None, node: "node-1".into(), cri: cri::Socket::Off };
+        let settings = Settings { kubeconfig: None, node: "node-1".into(), cri: cri::Socket::Off, mesh: false };
         let refused = refused.iter().map(|(needed, reason)| (*needed, (*reason).to_owned())).collect();
         judge(&settings, Reach { url: "https://api:6443".into(), version: "v1.34.4".into(), refused, node_known })
     }

@@ -1,6 +1,7 @@
 //! What comes into a pod here: HBONE from other nodes, and plaintext that the policies are asked about.
 
 use std::{
+    io,
     net::SocketAddr,
     rc::Rc,
     sync::Arc,
@@ -21,6 +22,7 @@ use super::{
 use crate::{
     hbone::{
         headers::Authority,
+        local,
         relay::{self, Counts as Bytes},
         server::{self, Answer, Refusal},
     },
@@ -85,7 +87,7 @@ pub async fn plaintext(
             worker.counts().one(Count::InboundPlain);
             let open = inbound.access(&workload, None, here).open(shared);
             let bytes = Bytes::default();
-            let relayed = relay::local(application, socket, &bytes);
+            let relayed = local::relay(application, socket, &bytes);
             let ended = inbound.until_revoked(&workload, None, here, relayed).await;
             inbound.count(&bytes);
             open.end(&bytes, ended.err().as_deref());
@@ -98,6 +100,9 @@ pub async fn plaintext(
         }
     }
 }
+
+/// Backends that a stream for a dead application is tried on.
+const BOUNCES: usize = 8;
 
 /// One stream, or one connection of plaintext, into a pod.
 struct Inbound {
@@ -136,11 +141,8 @@ impl Inbound {
             match sockets::connect_within(&self.worker.shared, &self.pod, to, Some(client), DIAL_WITHIN).await {
                 Ok(application) => application,
                 Err(error) => {
-                    counts.one(Count::InboundFailed);
                     let access = self.access(&workload, Some(&request.client), to);
-                    let error = format!("the application could not be reached: {error}");
-                    access.failed(&self.worker.shared, Flags::NotConnected, &error);
-                    return answer.refuse(Refusal::Unavailable);
+                    return self.bounce(&request, answer, to, client, access, &error).await;
                 }
             };
         let stream = match answer.accept(Some(&about(&workload))) {
@@ -172,6 +174,56 @@ impl Inbound {
             destination_identity: Some(workload.identity.clone()),
             began: Instant::now(),
         }
+    }
+
+    /// The application is gone while its pod's network lives: another backend of the same services takes the stream, if
+    /// one runs here. Only for peers that would not try another one themselves. What was proved of the client holds
+    /// there too, because this node saw the proof; to another node it could not be passed on. And as it goes to an
+    /// application, not to an agent, it goes no further.
+    async fn bounce(
+        &self,
+        request: &server::Request,
+        answer: Answer,
+        to: SocketAddr,
+        client: SocketAddr,
+        access: Access,
+        error: &io::Error,
+    ) {
+        let shared = &self.worker.shared;
+        let refused = |answer: Answer| {
+            shared.counts.one(Count::InboundFailed);
+            let error = format!("the application could not be reached: {error}");
+            access.failed(shared, Flags::NotConnected, &error);
+            answer.refuse(Refusal::Unavailable);
+        };
+        let group = match shared.maps.group_of(to) {
+            Ok(Some(group)) if !request.metadata.tries_elsewhere => group,
+            _ => return refused(answer),
+        };
+        let (dead, service) = group;
+        let mut tried = vec![dead.backend];
+        for _ in 0..BOUNCES {
+            let Ok(Some(other)) = shared.maps.pick(service, &tried, &mut || self.worker.random()) else { break };
+            tried.push(other.backend);
+            let Some(workload) = shared.view.at(&other.at.ip()) else { continue };
+            let Some(pod) = shared.pod(workload.pod) else { continue };
+            let there = Inbound { worker: self.worker.clone(), pod: pod.clone(), peer: self.peer, here: self.here };
+            if !there.admitted(&workload, Some(&request.client), other.at) {
+                continue;
+            }
+            let dialled = sockets::connect_within(shared, &pod, other.at, Some(client), DIAL_WITHIN).await;
+            let Ok(application) = dialled else { continue };
+            let Ok(stream) = answer.accept(Some(&about(&workload))) else { return };
+            shared.counts.one(Count::InboundBounced);
+            debug!(pod = %self.pod.name, to = %workload.name, "a stream for a dead application was taken by another");
+            let open = there.access(&workload, Some(&request.client), other.at).open(shared);
+            let bytes = Bytes::default();
+            let relayed = relay::tunnel(application, stream, &bytes);
+            let ended = there.until_revoked(&workload, Some(&request.client), other.at, relayed).await;
+            there.count(&bytes);
+            return open.end(&bytes, ended.err().as_deref());
+        }
+        refused(answer);
     }
 
     /// What the policies say, told and counted.
@@ -218,16 +270,9 @@ impl Inbound {
         to: SocketAddr,
         relayed: impl Future<Output = Result<(), E>>,
     ) -> Result<(), String> {
-        let mut changes = self.worker.shared.policies.subscribe();
-        let revoked = async {
-            while changes.changed().await.is_ok() {
-                let Some(selected_by) = &workload.selected_by else { continue };
-                if !self.worker.shared.policies.of(selected_by).decide(&self.request(client, to)).allow {
-                    return;
-                }
-            }
-            std::future::pending().await
-        };
+        let _carrying = self.worker.shared.carrying();
+        let request = self.request(client, to);
+        let revoked = self.worker.shared.revoked(workload.selected_by.as_deref(), &request);
         tokio::select! {
             ended = relayed => ended.map_err(|error| error.to_string()),
             () = revoked => {

@@ -23,6 +23,7 @@ use crate::{
         Stream,
         client::{Connect, ConnectError},
         headers::{Authority, Baggage, Forwarded, Metadata},
+        local,
         pool::Key,
         relay::{self, Counts as Bytes},
     },
@@ -43,7 +44,8 @@ const CONNECT_WITHIN: Duration = Duration::from_secs(10);
 /// The far side of a connection that can begin.
 enum Leg {
     Tunnel(Stream),
-    Local(TcpStream),
+    /// With whom the policies are asked about again when they change.
+    Local(TcpStream, Arc<Workload>, SocketAddr),
     Plain(TcpStream),
 }
 
@@ -214,6 +216,7 @@ impl Outbound<'_> {
             baggage: Some(about(self.source)),
             forwarded: Some(Forwarded::new(self.client, None)),
             traceparent: None,
+            tries_elsewhere: true,
         };
         let connect = Connect { patience, within: CONNECT_WITHIN, ..Connect::new(Authority::Address(at), metadata) };
         let dial = || {
@@ -227,19 +230,13 @@ impl Outbound<'_> {
     async fn local(
         &self,
         pod: &LocalPod,
-        destination: &Workload,
+        destination: &Arc<Workload>,
         at: SocketAddr,
         patience: Duration,
     ) -> Result<Leg, Failure> {
         let shared = &self.worker.shared;
         if let Some(workload) = &destination.selected_by {
-            let request = Request {
-                source_ip: self.client.ip(),
-                source: Some(&self.source.identity),
-                destination_ip: at.ip(),
-                destination_port: at.port(),
-            };
-            match shared.admit(workload, &request) {
+            match shared.admit(workload, &self.request(at)) {
                 Some(decision) if decision.allow => {}
                 Some(decision) => {
                     shared.counts.one(Count::InboundDenied);
@@ -250,15 +247,26 @@ impl Outbound<'_> {
         }
         sockets::connect_within(shared, pod, at, Some(self.client), patience)
             .await
-            .map(Leg::Local)
+            .map(|far| Leg::Local(far, destination.clone(), at))
             .map_err(|error| Failure::Dial { at, error })
+    }
+
+    /// To a pod here, as its policies see it.
+    fn request(&self, at: SocketAddr) -> Request<'_> {
+        Request {
+            source_ip: self.client.ip(),
+            source: Some(&self.source.identity),
+            destination_ip: at.ip(),
+            destination_port: at.port(),
+        }
     }
 
     async fn relay(&self, socket: TcpStream, at: SocketAddr, leg: Leg, mut access: Access) {
         let shared = &self.worker.shared;
+        let _carrying = shared.carrying();
         let (count, tunnelled) = match &leg {
             Leg::Tunnel(_) => (Count::OutboundTunnelled, true),
-            Leg::Local(_) => (Count::OutboundLocal, false),
+            Leg::Local(..) => (Count::OutboundLocal, false),
             Leg::Plain(_) => (Count::OutboundPlain, false),
         };
         shared.counts.one(count);
@@ -271,9 +279,18 @@ impl Outbound<'_> {
         let bytes = Bytes::default();
         let ended = match leg {
             Leg::Tunnel(stream) => relay::tunnel(socket, stream, &bytes).await.map_err(|error| error.to_string()),
-            Leg::Local(far) | Leg::Plain(far) => {
-                relay::local(socket, far, &bytes).await.map_err(|error| error.to_string())
+            Leg::Local(far, destination, at) => {
+                let request = self.request(at);
+                let revoked = shared.revoked(destination.selected_by.as_deref(), &request);
+                tokio::select! {
+                    ended = local::relay(socket, far, &bytes) => ended.map_err(|error| error.to_string()),
+                    () = revoked => {
+                        shared.counts.one(Count::Revoked);
+                        Err("the policies forbid it now".into())
+                    }
+                }
             }
+            Leg::Plain(far) => local::relay(socket, far, &bytes).await.map_err(|error| error.to_string()),
         };
         shared.counts.add(Count::BytesSent, bytes.sent.get());
         shared.counts.add(Count::BytesReceived, bytes.received.get());

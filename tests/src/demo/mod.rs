@@ -38,6 +38,9 @@ pub struct Options {
     /// Seconds that each run lasts [default: 2 for each death, and 3]
     #[arg(long)]
     pub duration: Option<f64>,
+    /// Carry what pods say to pods in mutual TLS, wherever there are agents
+    #[arg(long)]
+    pub mtls: bool,
     /// How packets travel between pods
     #[arg(long, value_enum, default_value_t)]
     pub topology: Topology,
@@ -93,7 +96,7 @@ impl Mode {
     }
 }
 
-/// Run it all. False when classic lost nothing, or hitless lost something.
+/// Run it all. False when classic lost nothing, or hitless lost something, or nothing was in mutual TLS that was to be.
 pub fn main(options: &Options) -> Result<bool> {
     for path in &options.plot {
         plot::check(path)?;

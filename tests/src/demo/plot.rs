@@ -59,8 +59,9 @@ where
     let (header, rest) = area.split_vertically(HEADER);
     header.draw_text("Requests lost during a rolling update", &font(24, &INK), (20, 10)).map_err(error)?;
     let connections = if options.keep_alive { "kept connections" } else { "new connections" };
+    let mtls = if options.mtls { ", mTLS" } else { "" };
     let what = format!(
-        "failures per 100 ms; {} requests/s on {connections}, {} pods, control plane late by {}; dashed: a pod dies",
+        "failures per 100 ms; {} requests/s on {connections}{mtls}, {} pods, control plane late by {}; dashed: a pod dies",
         options.rate, options.pods, options.control_plane_delay
     );
     header.draw_text(&what, &font(15, &DEATH), (20, 40)).map_err(error)?;

@@ -5,7 +5,10 @@ use std::path::Path;
 use anyhow::{Context, Result};
 use serde_json::{Value, json};
 
-use super::{Mode, Options, rollout::Run};
+use super::{
+    Mode, Options,
+    rollout::{Carried, Run},
+};
 
 pub(super) fn print(options: &Options, runs: &[Run]) {
     let each = if options.keep_alive { "kept connections" } else { "a new connection each" };
@@ -13,28 +16,45 @@ pub(super) fn print(options: &Options, runs: &[Run]) {
         "\n{} requests/s, {each}; {} pods, each replaced {} times; the control plane is late by {}\n",
         options.rate, options.pods, options.rounds, options.control_plane_delay
     );
+    if options.mtls {
+        println!("mTLS is on wherever there are agents: what the gateway says to pods is carried by them\n");
+    }
+    // In the mesh a connect ends at the agent in the gateway's own pod, and says nothing of the way to the other.
+    let timed = if options.mtls { "request p50/p99/max" } else { "connect p50/p99/max" };
+    print!("{:<8} {:>9} {:>7} {:>10} {timed:>22} {:>9}", "mode", "requests", "failed", "per death", "rebound");
     println!(
-        "{:<8} {:>9} {:>7} {:>10} {:>22} {:>9}",
-        "mode", "requests", "failed", "per death", "connect p50/p99/max", "rebound"
+        "{}",
+        if options.mtls { format!(" {:>9} {:>7} {:>9}", "tunnelled", "local", "re-picked") } else { String::new() }
     );
     for run in runs {
-        let connect = format!("{}/{}/{}", time(run.connect.p50), time(run.connect.p99), time(run.connect.max));
-        println!(
-            "{:<8} {:>9} {:>7} {:>10.1} {connect:>22} {:>9}",
+        let times = if options.mtls { run.latency } else { run.connect };
+        let times = format!("{}/{}/{}", time(times.p50), time(times.p99), time(times.max));
+        print!(
+            "{:<8} {:>9} {:>7} {:>10.1} {times:>22} {:>9}",
             run.mode.name(),
             run.requests,
             run.failed,
             run.failed as f64 / run.deaths_us.len().max(1) as f64,
             run.rebound,
         );
+        println!("{}", run.carried.map_or_else(String::new, carried));
     }
-    println!("\nFailures are the client's count; connect is the gateway's, to pods, where it succeeded.");
+    println!("\n{}", if options.mtls { ABOUT_MTLS } else { ABOUT });
     for run in runs {
         for (reason, count) in &run.reasons {
             println!("  {:<8} {count:>6} x {reason}", run.mode.name());
         }
     }
     timeline(runs);
+}
+
+const ABOUT: &str = "Failures are the client's count; connect is the gateway's, to pods, where it succeeded.";
+const ABOUT_MTLS: &str =
+    "Failures and times are the client's, times where it succeeded. Tunnelled connections went to the other node in
+mutual TLS, local ones to a pod of the gateway's node; re-picked ones found a pod dead and were given another.";
+
+fn carried(carried: Carried) -> String {
+    format!(" {:>9} {:>7} {:>9}", carried.tunnelled, carried.local, carried.repicked)
 }
 
 fn time(us: u64) -> String {
@@ -57,7 +77,8 @@ fn timeline(runs: &[Run]) {
     let bars: Vec<Vec<usize>> =
         runs.iter().map(|run| count(&run.failures_us, run.start_us, column_us, columns)).collect();
     let most = bars.iter().flatten().copied().max().unwrap_or(0).max(1);
-    println!("\nfailures per {} ms (█ = {most}), ▼ = a pod dies", column_us / 1000);
+    let mtls = if runs.iter().any(|run| run.carried.is_some()) { ", mTLS on where there are agents" } else { "" };
+    println!("\nfailures per {} ms (█ = {most}), ▼ = a pod dies{mtls}", column_us / 1000);
     for (run, bars) in runs.iter().zip(&bars) {
         let deaths = count(&run.deaths_us, run.start_us, column_us, columns);
         let marks: String = deaths.iter().map(|&n| if n > 0 { '▼' } else { ' ' }).collect();
@@ -90,21 +111,26 @@ fn figures(runs: &[Run]) -> Value {
     let runs: Vec<_> = runs
         .iter()
         .map(|run| {
-            json!({
+            let mut figures = json!({
                 "mode": run.mode.name(),
+                "mtls": run.carried.is_some(),
                 "requests": run.requests,
                 "failed": run.failed,
                 "pod_deaths": run.deaths_us.len(),
                 "rebound": run.rebound,
                 "connect_us": { "p50": run.connect.p50, "p99": run.connect.p99, "max": run.connect.max },
                 "latency_us": { "p50": run.latency.p50, "p99": run.latency.p99, "max": run.latency.max },
-            })
+            });
+            if let Some(Carried { tunnelled, local, repicked }) = run.carried {
+                figures["connections"] = json!({ "tunnelled": tunnelled, "local": local, "repicked": repicked });
+            }
+            figures
         })
         .collect();
     json!({ "runs": runs })
 }
 
-/// The demo's promise: classic shows the problem, hitless does not have it.
+/// The demo's promise: classic shows the problem, hitless does not have it, with mutual TLS or without.
 pub(super) fn verdict(runs: &[Run]) -> bool {
     let mut good = true;
     for run in runs {
@@ -118,6 +144,10 @@ pub(super) fn verdict(runs: &[Run]) -> bool {
                 good = false;
             }
             _ => {}
+        }
+        if run.carried.is_some_and(|carried| carried.tunnelled == 0) {
+            eprintln!("{}: no connection went in mutual TLS", run.mode.name());
+            good = false;
         }
     }
     good
@@ -154,5 +184,18 @@ mod tests {
         assert!(!good(&[(Mode::Classic, 0), (Mode::Hitless, 0)]));
         assert!(!good(&[(Mode::Classic, 25), (Mode::Hitless, 1)]));
         assert!(good(&[(Mode::L1, 0), (Mode::L3, 0)]), "a layer alone promises nothing");
+    }
+
+    #[test]
+    fn a_demo_of_mtls_fails_when_nothing_was_tunnelled() {
+        let run = |tunnelled| {
+            let carried = Some(Carried { tunnelled, local: 375, repicked: 6 });
+            Run { carried, ..Run::of(Mode::Hitless, 750, 0) }
+        };
+        assert!(!verdict(&[run(0)]));
+        assert!(verdict(&[run(375)]));
+        let json = figures(&[run(375), Run::of(Mode::Classic, 750, 25)]);
+        assert_eq!(json["runs"][0]["connections"], json!({"tunnelled": 375, "local": 375, "repicked": 6}));
+        assert_eq!((&json["runs"][0]["mtls"], &json["runs"][1]["mtls"]), (&json!(true), &json!(false)));
     }
 }

@@ -15,6 +15,7 @@ use crate::{
     lab::{
         Agent, AgentOptions, ControlPlane, Lab, LabSpec, Pod, Process,
         control::{Serves, Terms, tcp_service},
+        mesh::Mesh,
         net::{Family, service_address},
     },
     workload::{client, gateway, now_us},
@@ -38,6 +39,8 @@ pub(super) struct Run {
     pub requests: u64,
     pub failed: u64,
     pub rebound: u64,
+    /// What the tunnel did; `None`: no mutual TLS in this run.
+    pub carried: Option<Carried>,
     /// The first request's due time, µs; other times are relative to it.
     pub start_us: u64,
     pub end_us: u64,
@@ -60,6 +63,7 @@ impl Run {
             requests,
             failed,
             rebound: 0,
+            carried: None,
             start_us: 0,
             end_us: 0,
             deaths_us: Vec::new(),
@@ -78,6 +82,17 @@ pub(super) struct Percentiles {
     pub max: u64,
 }
 
+/// Connections of the mesh.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(super) struct Carried {
+    /// In mutual TLS, to a pod of the other node.
+    pub tunnelled: u64,
+    /// To a pod of the same node, without a second TLS.
+    pub local: u64,
+    /// Tried on another pod before their first byte.
+    pub repicked: u64,
+}
+
 struct Web {
     pod: Pod,
     server: Process,
@@ -89,6 +104,8 @@ struct Stage<'a> {
     lab: Lab,
     control: ControlPlane,
     agents: Vec<Agent>,
+    /// `None`: no mutual TLS in this run.
+    mesh: Option<Mesh>,
     /// Connections that the agents had rebound to prove their hooks.
     canaries: u64,
     created: usize,
@@ -105,6 +122,7 @@ pub(super) fn run(mode: Mode, options: &Options) -> Result<Run> {
         lab,
         control: ControlPlane::default(),
         agents: Vec::new(),
+        mesh: if options.mtls && mode.layers().is_some() { Some(Mesh::new()?) } else { None },
         canaries: 0,
         created: 0,
         deaths_us: Vec::new(),
@@ -161,7 +179,8 @@ impl Stage<'_> {
         self.control.add_service(tcp_service(SERVICE, &addresses, SERVICE_PORT))?;
         if let Some(layers) = self.mode.layers() {
             for node in self.lab.nodes() {
-                let agent = node.start_agent(AgentOptions { layers: layers.into(), ..AgentOptions::default() })?;
+                let args = self.mesh.as_ref().map_or_else(Vec::new, Mesh::args);
+                let agent = node.start_agent(AgentOptions { layers: layers.into(), args })?;
                 self.control.connect_agent(&agent)?;
                 self.agents.push(agent);
             }
@@ -174,11 +193,29 @@ impl Stage<'_> {
         self.agents.iter().map(Agent::rebound).sum()
     }
 
+    fn carried(&self) -> Result<Option<Carried>> {
+        if self.mesh.is_none() {
+            return Ok(None);
+        }
+        let mut carried = Carried::default();
+        for agent in &self.agents {
+            let counts = agent.tunnel()?;
+            let of = |name: &str| counts.get(name).copied().with_context(|| format!("no {name} in hitless status"));
+            carried.tunnelled += of("outbound_tunnelled")?;
+            carried.local += of("outbound_local")?;
+            carried.repicked += of("outbound_repicked")?;
+        }
+        Ok(Some(carried))
+    }
+
     fn start_gateway(&self) -> Result<Gateway> {
         let pod = self.lab.node(1).add_pod("gateway")?;
         self.control.add_pod(&pod, &Terms { gateway: true, ..Terms::default() })?;
         if let Some(agent) = self.agents.first() {
             agent.wait_enrolled(&pod.name)?;
+            if self.mesh.is_some() {
+                agent.wait_joined(&pod.name)?;
+            }
         }
         let (control, records) = (pod.place.file("control.sock"), pod.place.file("records"));
         let listen = SocketAddr::new(pod.v4(), POD_PORT).to_string();
@@ -265,6 +302,7 @@ impl Stage<'_> {
             requests: summary.requests,
             failed: summary.failed,
             rebound,
+            carried: self.carried()?,
             start_us,
             end_us,
             deaths_us: self.deaths_us.clone(),

@@ -132,6 +132,28 @@ impl Agent {
         }
     }
 
+    /// Wait until a pod of this node is in the mesh: its listeners are open.
+    pub fn wait_joined(&self, pod: &str) -> Result<()> {
+        let deadline = Instant::now() + Duration::from_secs(20);
+        loop {
+            let status = self.status()?;
+            let pods = status.get("pods").and_then(Value::as_array).context("no pods in hitless status")?;
+            if pods.iter().any(|row| row["name"] == pod && row["inMesh"] == true) {
+                return Ok(());
+            }
+            if Instant::now() > deadline {
+                bail!("pod {pod} did not join the mesh within 20 s\n{}", self.process.log());
+            }
+            std::thread::sleep(Duration::from_millis(5));
+        }
+    }
+
+    /// The tunnel's counters by name; none without a mesh.
+    pub fn tunnel(&self) -> Result<BTreeMap<String, u64>> {
+        let status = self.status()?;
+        Ok(serde_json::from_value(status.get("tunnel").context("no tunnel in hitless status")?.clone())?)
+    }
+
     pub fn kill9(&self) -> Result<()> {
         self.process.sigkill()?;
         self.process.wait().map(drop)

@@ -143,6 +143,11 @@ impl Lab {
         &self.nodes
     }
 
+    /// Sees whatever the nodes send each other.
+    pub fn sniff_between_nodes(&self) -> Result<packets::Sniffer> {
+        packets::Sniffer::new(&self.site.fabric)
+    }
+
     pub fn outside(&self) -> &Place {
         &self.outside
     }

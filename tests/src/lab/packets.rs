@@ -10,7 +10,7 @@ use std::{
 use anyhow::{Context, Result, bail};
 use nix::sys::socket::{
     AddressFamily, MsgFlags, SockFlag, SockProtocol, SockType, SockaddrStorage, recv, sendto, setsockopt, socket,
-    sockopt::ReceiveTimeout,
+    sockopt::{RcvBufForce, ReceiveTimeout},
 };
 
 use super::net::Netns;
@@ -126,13 +126,54 @@ pub fn send(raw: &OwnedFd, to: IpAddr, packet: &[u8]) -> Result<()> {
 /// Sees every packet of a network namespace, from its IP header on.
 pub struct Sniffer(OwnedFd);
 
+/// Bytes that a sniffer holds until it is asked.
+const AMPLE: usize = 64 << 20;
+
 impl Sniffer {
     pub fn new(netns: &Netns) -> Result<Self> {
         let socket = netns.enter(|| {
             socket(AddressFamily::Packet, SockType::Datagram, SockFlag::SOCK_CLOEXEC, SockProtocol::EthAll)
         })??;
         setsockopt(&socket, ReceiveTimeout, &nix::sys::time::TimeVal::new(0, 200_000))?;
+        setsockopt(&socket, RcvBufForce, &AMPLE)?;
         Ok(Self(socket))
+    }
+
+    /// All that passed and was not yet read. An error when something of it was lost.
+    pub fn seen(&self) -> Result<Vec<Vec<u8>>> {
+        let deadline = Instant::now() + Duration::from_secs(5);
+        let mut packets = Vec::new();
+        // As large as the kernel makes them on devices that would split them (GSO).
+        let mut buffer = vec![0; 1 << 18];
+        while Instant::now() < deadline {
+            match recv(self.0.as_raw_fd(), &mut buffer, MsgFlags::empty()) {
+                Ok(len) => packets.push(buffer[..len].to_vec()),
+                Err(nix::errno::Errno::EAGAIN) => break,
+                Err(error) => return Err(io::Error::from(error).into()),
+            }
+        }
+        match self.dropped()? {
+            0 => Ok(packets),
+            dropped => bail!("{dropped} packets passed unseen beside {}", packets.len()),
+        }
+    }
+
+    fn dropped(&self) -> Result<u32> {
+        // SAFETY: plain numbers, for which zero is a value.
+        let mut stats: libc::tpacket_stats = unsafe { std::mem::zeroed() };
+        let mut len = size_of_val(&stats) as libc::socklen_t;
+        // SAFETY: the option's value is such a structure, and `len` says how long it is.
+        let result = unsafe {
+            libc::getsockopt(
+                self.0.as_raw_fd(),
+                libc::SOL_PACKET,
+                libc::PACKET_STATISTICS,
+                std::ptr::from_mut(&mut stats).cast(),
+                &mut len,
+            )
+        };
+        nix::errno::Errno::result(result).context("getsockopt PACKET_STATISTICS")?;
+        Ok(stats.tp_drops)
     }
 
     /// The sequence number of the next SYN from that port.

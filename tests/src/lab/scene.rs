@@ -4,6 +4,7 @@ use std::{
     collections::BTreeMap,
     io::{self, Read, Write},
     net::{IpAddr, SocketAddr, TcpStream},
+    path::PathBuf,
     time::Duration,
 };
 
@@ -16,7 +17,7 @@ use super::{
     net::{self, Family},
     pod::Place,
 };
-use crate::workload::sockets::Kind;
+use crate::workload::{sockets::Kind, storm::Outcome};
 
 /// The service, and the port it and its pods answer on, TCP and UDP.
 pub const SERVICE: &str = "lab/echo";
@@ -149,6 +150,34 @@ impl Scene {
     /// Connections that were moved to another backend.
     pub fn rebound(&self) -> Result<u64> {
         agent::REBOUND.iter().map(|name| self.counter(name)).sum()
+    }
+}
+
+/// Connections as fast as they go, until it is ended.
+pub struct Storm {
+    process: Process,
+    result: PathBuf,
+}
+
+impl Storm {
+    /// Of that many threads in `pod`, each with one connection at a time.
+    pub fn start(pod: &Pod, to: SocketAddr, threads: usize) -> Result<Self> {
+        let result = pod.place.file(&format!("storm-{}.json", if to.is_ipv4() { 4 } else { 6 }));
+        let (target, threads, path) = (to.to_string(), threads.to_string(), result.to_string_lossy());
+        let endless = "1000000000";
+        let args = ["--target", &target, "--connections", endless, "--threads", &threads, "--result", &path];
+        let process = pod.workload(&[&["storm"], &args[..]].concat())?;
+        Ok(Self { process, result })
+    }
+
+    pub fn running(&self) -> bool {
+        self.process.running()
+    }
+
+    pub fn end(self) -> Result<Outcome> {
+        self.process.sigterm()?;
+        self.process.wait()?;
+        Ok(serde_json::from_str(&std::fs::read_to_string(self.result)?)?)
     }
 }
 

@@ -168,8 +168,9 @@ fn put(world: &mut World, pod: &object::Pod, scope: Scope) {
     match scope {
         Scope::ThisNode => world.pod(pod),
         Scope::Others => {
-            let status = object::Phase { phase: pod.status.phase.clone() };
-            world.other_pod(&object::OtherPod { metadata: pod.metadata.clone(), status });
+            let (phase, pod_ips) = (pod.status.phase.clone(), pod.status.pod_ips.clone());
+            let status = object::OtherStatus { phase, pod_ips };
+            world.other_pod(&object::OtherPod { metadata: pod.metadata.clone(), status, ..object::OtherPod::default() });
         }
     }
 }
