@@ -170,7 +170,11 @@ fn put(world: &mut World, pod: &object::Pod, scope: Scope) {
         Scope::Others => {
             let (phase, pod_ips) = (pod.status.phase.clone(), pod.status.pod_ips.clone());
             let status = object::OtherStatus { phase, pod_ips };
-            world.other_pod(&object::OtherPod { metadata: pod.metadata.clone(), status, ..object::OtherPod::default() });
+            world.other_pod(&object::OtherPod {
+                metadata: pod.metadata.clone(),
+                status,
+                ..object::OtherPod::default()
+            });
         }
     }
 }
