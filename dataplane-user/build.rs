@@ -30,6 +30,13 @@ const LEFT_OUT: &[&str] = &[
     "Drain.sigterm_ns",
     "Drain.listener_ns",
     "Drain.control_plane_ns",
+    "Status.mesh",
+    "Certificate.serial",
+    "Certificate.not_before",
+    "Certificate.not_after",
+    "Certificate.last_error",
+    "Policy.action",
+    "Policy.refused",
 ];
 
 fn main() -> Result<(), Box<dyn Error>> {

@@ -72,7 +72,8 @@ fn the_chart_takes_the_agents_keys_and_no_other() {
     let unknown: Vec<_> = taken.difference(&known).collect();
     assert!(unknown.is_empty(), "the agent has no {unknown:?}");
     // The node's name comes from the API, the credentials from the pod; the salt is for tests.
-    let elsewhere = ["layout-salt", "node-name", "kubeconfig"];
+    // Identity and policies are files, mounted where there is a mesh: `mesh.identity`, `mesh.policies`.
+    let elsewhere = ["layout-salt", "node-name", "kubeconfig", "identity", "policies"];
     let left: Vec<_> = known.difference(&taken).filter(|key| !elsewhere.contains(&key.as_str())).collect();
     assert!(left.is_empty(), "the chart's schema refuses {left:?}");
 

@@ -11,6 +11,7 @@ use anyhow::{Context, Result};
 use hitless_tests::{
     lab::{
         AgentOptions,
+        mesh::Mesh,
         net::Family,
         scene::{Scene, SceneSpec, eventually, who},
     },
@@ -25,8 +26,8 @@ use serde_json::Value;
 
 const METRICS: [&str; 2] = ["--metrics-address", "[::]:15084"];
 
-fn scene() -> Result<Scene> {
-    let agent_args = METRICS.map(str::to_owned).to_vec();
+fn scene(more: Vec<String>) -> Result<Scene> {
+    let agent_args = METRICS.map(str::to_owned).into_iter().chain(more).collect();
     Scene::new(&SceneSpec { agent_args, ..SceneSpec::default() })
 }
 
@@ -74,8 +75,13 @@ fn assert_answered(answer: &[Value], text: &str, question: &str) {
 #[test]
 fn every_question_of_dashboard_and_alerts_has_an_answer_and_a_healthy_lab_raises_no_alert() -> Result<()> {
     promtool(&["check", "rules", &observe::file(ALERTS).to_string_lossy()], "")?;
-    let scene = scene()?;
+    // With a mesh there is all that can be asked for.
+    let mesh = Mesh::new()?;
+    let scene = scene(mesh.args())?;
     let prometheus = watch(&scene)?;
+    let joined = r#"sum(hitless_mesh_pods{state="joined"})"#;
+    let pods = (scene.webs.len() + 1) as f64;
+    eventually(|| prometheus.query(joined).is_ok_and(|sum| number(&sum) == pods), "every pod joins the mesh");
 
     // A rollout of one pod, the control plane coming last.
     for _ in 0..5 {
@@ -93,6 +99,8 @@ fn every_question_of_dashboard_and_alerts_has_an_answer_and_a_healthy_lab_raises
     eventually(|| prometheus.query(told).is_ok_and(|sum| number(&sum) >= 1.0), "the stop signal is seen as a drain");
     let late = r#"sum(hitless_control_plane_lag_seconds_count{first="sigterm"})"#;
     eventually(|| prometheus.query(late).is_ok_and(|sum| number(&sum) >= 1.0), "the control plane's lag is measured");
+    let carried = r#"sum(istio_tcp_connections_closed_total{reporter="source"})"#;
+    eventually(|| prometheus.query(carried).is_ok_and(|sum| number(&sum) >= 6.0), "the connections are told of");
     // Rates need two samples, and rules an evaluation after them.
     let scrapes = "min(count_over_time(hitless_ready[1m]))";
     eventually(|| prometheus.query(scrapes).is_ok_and(|least| number(&least) >= 4.0), "four scrapes");
@@ -140,7 +148,7 @@ fn every_question_of_dashboard_and_alerts_has_an_answer_and_a_healthy_lab_raises
 
 #[test]
 fn an_agent_that_is_gone_or_not_ready_is_alerted_of_until_it_is_ready_again() -> Result<()> {
-    let scene = scene()?;
+    let scene = scene(Vec::new())?;
     let prometheus = watch(&scene)?;
     let (here, there) = (at(&scene, 1).to_string(), at(&scene, 2).to_string());
     let fires = |alert: &str, instance: &str| {

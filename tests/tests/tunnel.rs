@@ -244,6 +244,40 @@ fn policies_decide_by_identity_and_open_connections_are_asked_again() -> Result<
     Ok(())
 }
 
+#[test]
+fn the_running_agent_tells_its_certificates_policies_and_decisions() -> Result<()> {
+    let (scene, mesh) = mesh(&[2], &[])?;
+    let agent = scene.agent(2);
+    assert_eq!(agent.admin(&["policies"])?, serde_json::json!([]));
+    mesh.set_policies(&only("default"))?;
+    let in_force = || agent.admin(&["policies"]).is_ok_and(|policies| policies[0]["inForce"] == true);
+    eventually(in_force, "the policy is in force");
+    who(&mut scene.connect(Family::V4)?)?;
+    let policies = agent.admin(&["policies"])?;
+    assert_eq!((&policies[0]["origin"], &policies[0]["counts"]["denied"]), (&"file".into(), &0.into()), "{policies}");
+    assert_eq!(policies[0]["counts"]["allowed"], 1, "{policies}");
+
+    let certificates = agent.admin(&["certificates"])?;
+    let identity = "spiffe://cluster.local/ns/lab/sa/default";
+    assert_eq!((&certificates[0]["identity"], &certificates[0]["state"]), (&identity.into(), &"valid".into()));
+    assert!(agent.run(&["certificates"])?.contains(identity));
+
+    let to = format!("{}:{PORT}", scene.webs[0].pod.name);
+    let explain = |from: &str| agent.admin(&["policy", "explain", "--from", from, "--to", &to]);
+    assert_eq!(explain("lab/default")?["reason"], "allowed");
+    assert_eq!(explain("lab/somebody-else")?["reason"], "notAllowed");
+    assert_eq!(explain("10.0.0.1")?["allow"], false);
+    let elsewhere = format!("{}:{PORT}", scene.client.name);
+    let refused = agent.run(&["policy", "explain", "--from", "lab/default", "--to", &elsewhere]);
+    let why = refused.expect_err("its agent has to be asked").to_string();
+    assert!(why.contains("runs on another node"), "{why}");
+
+    let status = agent.status()?;
+    assert_eq!((&status["mesh"]["joined"], &status["mesh"]["certificates"]["valid"]), (&1.into(), &1.into()));
+    assert!(agent.run(&["status"])?.contains("mesh      1 pods joined, 1 policies in force"));
+    Ok(())
+}
+
 /// A proxy that is not hitless: it speaks HBONE, names a pod by address, and never tries another.
 fn foreign_connect(scene: &Scene, mesh: &Mesh, from: &hitless_tests::lab::Pod, to: SocketAddr) -> Result<String> {
     use dataplane_user::{

@@ -11,9 +11,9 @@ use tonic::{
 };
 
 use super::protocol::{
-    Connection, Drain, DumpStateRequest, EndpointRow, EventRow, GetConfigRequest, GetStatusRequest,
-    ListConnectionsRequest, ListDrainsRequest, ListEndpointsRequest, Setting, Status, WatchEventsRequest,
-    admin_client::AdminClient,
+    Certificate, Connection, Drain, DumpStateRequest, EndpointRow, EventRow, ExplainPolicyRequest, GetConfigRequest,
+    GetStatusRequest, ListCertificatesRequest, ListConnectionsRequest, ListDrainsRequest, ListEndpointsRequest,
+    ListPoliciesRequest, Policy, PolicyExplanation, Setting, Status, WatchEventsRequest, admin_client::AdminClient,
 };
 use crate::model::{Object, Snapshot};
 
@@ -90,6 +90,31 @@ impl Client {
             Ok(true)
         })?;
         Ok(rows)
+    }
+
+    /// Of the identities of the pods here.
+    pub fn certificates(&mut self) -> anyhow::Result<Vec<Certificate>> {
+        let mut rows = Vec::new();
+        each(&self.runtime, self.admin.list_certificates(ListCertificatesRequest {}), |row| {
+            rows.push(row);
+            Ok(true)
+        })?;
+        Ok(rows)
+    }
+
+    /// Every policy that the agent was told.
+    pub fn policies(&mut self) -> anyhow::Result<Vec<Policy>> {
+        let mut rows = Vec::new();
+        each(&self.runtime, self.admin.list_policies(ListPoliciesRequest {}), |row| {
+            rows.push(row);
+            Ok(true)
+        })?;
+        Ok(rows)
+    }
+
+    /// Why a connection would be let in or refused.
+    pub fn explain(&mut self, asked: ExplainPolicyRequest) -> anyhow::Result<PolicyExplanation> {
+        one(&self.runtime, self.admin.explain_policy(asked))
     }
 
     /// Every option in force.

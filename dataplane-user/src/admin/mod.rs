@@ -3,6 +3,7 @@
 //! It is served by a thread of its own, which also reads the maps: the agent's thread answers
 //! [`Query`]s with what only it knows, a bounded piece at a time, and encodes nothing.
 
+mod about_mesh;
 pub mod client;
 pub mod protocol;
 mod server;
@@ -12,7 +13,11 @@ use std::path::{Path, PathBuf};
 
 use tokio::sync::{broadcast, mpsc, oneshot};
 
-use crate::{config::in_force::Setting, metrics::Facts, model::Object};
+use crate::{
+    config::in_force::Setting,
+    metrics::{Facts, mesh},
+    model::Object,
+};
 use protocol::{Drain, EndpointRow, EventRow, Status};
 pub use server::{Server, serve};
 
@@ -32,6 +37,8 @@ pub enum Query {
     Facts(oneshot::Sender<Box<Facts>>),
     Drains(oneshot::Sender<Vec<Drain>>),
     Config(oneshot::Sender<Vec<Setting>>),
+    /// A way to certificates, policies and counters of the tunnel; none without a mesh.
+    Mesh(oneshot::Sender<Option<mesh::Facts>>),
     /// The desired state; piece by piece, as fast as it is taken.
     State(mpsc::Sender<Vec<Object>>),
     /// The last events, and those to come.

@@ -24,9 +24,10 @@ mod generated {
 }
 
 pub use generated::{
-    Agent, Backend as BackendRow, Config, Connection, Drain, DumpStateRequest, Endpoint as EndpointRow,
-    Event as EventRow, GetConfigRequest, GetStatusRequest, Hook, KernelSide, Link, ListConnectionsRequest,
-    ListDrainsRequest, ListEndpointsRequest, Map, Objects, Pod as PodRow, Setting, Source, StateObject, Status,
+    Agent, Backend as BackendRow, Certificate, Config, Connection, Drain, DumpStateRequest, Endpoint as EndpointRow,
+    Event as EventRow, ExplainPolicyRequest, GetConfigRequest, GetStatusRequest, Hook, KernelSide, Link,
+    ListCertificatesRequest, ListConnectionsRequest, ListDrainsRequest, ListEndpointsRequest, ListPoliciesRequest, Map,
+    Mesh, Objects, Pod as PodRow, Policy, PolicyCounts, PolicyExplanation, Setting, Source, StateObject, Status,
     WatchEventsRequest, admin_client, admin_server,
 };
 

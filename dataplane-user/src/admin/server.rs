@@ -8,10 +8,11 @@ use tokio_stream::wrappers::{BroadcastStream, ReceiverStream, errors::BroadcastS
 use tonic::{Request, Response};
 
 use super::{
-    Query,
+    Query, about_mesh,
     protocol::{
-        Config, Connection, Drain, DumpStateRequest, EndpointRow, EventRow, GetConfigRequest, GetStatusRequest,
-        ListConnectionsRequest, ListDrainsRequest, ListEndpointsRequest, StateObject, Status, WatchEventsRequest,
+        Certificate, Config, Connection, Drain, DumpStateRequest, EndpointRow, EventRow, ExplainPolicyRequest,
+        GetConfigRequest, GetStatusRequest, ListCertificatesRequest, ListConnectionsRequest, ListDrainsRequest,
+        ListEndpointsRequest, ListPoliciesRequest, Policy, PolicyExplanation, StateObject, Status, WatchEventsRequest,
         admin_server::{Admin, AdminServer},
         counters,
     },
@@ -19,7 +20,8 @@ use super::{
 };
 use crate::{
     kernel::{Reader, monotonic_ns},
-    metrics::http,
+    metrics::{http, mesh::Facts},
+    policy::Policies,
 };
 
 /// Requests are short.
@@ -109,6 +111,7 @@ impl Admin for Service {
         let mut status = self.ask(Query::Status).await?;
         let (maps, stats) = self.read(|reader| (reader.occupancy(), reader.stats())).await?;
         status.counters = counters(&stats);
+        status.mesh = self.ask(Query::Mesh).await?.as_ref().map(about_mesh::summary);
         if let Some(kernel) = &mut status.kernel {
             kernel.maps = maps.unwrap_or_default().into_iter().map(Into::into).collect();
         }
@@ -157,6 +160,24 @@ impl Admin for Service {
         Ok(Response::new(Box::pin(objects.map(encode))))
     }
 
+    type ListCertificatesStream = Pieces<Certificate>;
+
+    async fn list_certificates(&self, _: Request<ListCertificatesRequest>) -> Answer<Self::ListCertificatesStream> {
+        let reports = self.mesh().await?.shared.store.report();
+        Ok(Response::new(Box::pin(stream::iter(reports).map(|report| Ok(report.into())))))
+    }
+
+    type ListPoliciesStream = Pieces<Policy>;
+
+    async fn list_policies(&self, _: Request<ListPoliciesRequest>) -> Answer<Self::ListPoliciesStream> {
+        let standing = self.mesh().await?.shared.policies.read(Policies::standing);
+        Ok(Response::new(Box::pin(stream::iter(standing).map(|one| Ok(one.into())))))
+    }
+
+    async fn explain_policy(&self, request: Request<ExplainPolicyRequest>) -> Answer<PolicyExplanation> {
+        about_mesh::explain(&self.mesh().await?.shared, request.get_ref()).map(Response::new)
+    }
+
     type WatchEventsStream = Pieces<EventRow>;
 
     async fn watch_events(&self, request: Request<WatchEventsRequest>) -> Answer<Self::WatchEventsStream> {
@@ -179,6 +200,11 @@ impl Service {
         let (to, answer) = oneshot::channel();
         self.queries.send(query(to)).await.map_err(|_| stopping())?;
         answer.await.map_err(|_| stopping())
+    }
+
+    async fn mesh(&self) -> Result<Facts, tonic::Status> {
+        let none = || tonic::Status::failed_precondition("there is no mesh: mtls is off (`hitless config dump`)");
+        self.ask(Query::Mesh).await?.ok_or_else(none)
     }
 
     /// Reads maps, which takes a while when they are full.

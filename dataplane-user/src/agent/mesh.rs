@@ -26,6 +26,7 @@ use crate::{
     identity::Store,
     kernel::{self, Error, Kernel, TunnelMaps},
     mesh::{Directory, Plaintext, Write},
+    metrics::mesh::Facts,
     model::Event,
     policy::{self, Enforcement, Mode},
     registry::{
@@ -180,6 +181,16 @@ impl Mesh {
             Count::ALL.iter().map(|count| (count.name().to_owned(), counts.get(*count))).collect()
         };
         self.0.as_ref().map_or_else(BTreeMap::new, counts)
+    }
+
+    /// For metrics and the admin API; none without a mesh.
+    pub fn facts(&self) -> Option<Facts> {
+        let facts = |mesh: &Parts| Facts {
+            shared: mesh.tunnel.shared().clone(),
+            joined: mesh.open.len(),
+            waiting: mesh.unopened.len(),
+        };
+        self.0.as_ref().map(facts)
     }
 
     fn opened(&mut self, opened: Opened, kernel: &mut Kernel) -> Result<(), Error> {

@@ -28,6 +28,7 @@ pub fn answer(query: Query, core: &Shared, config: &Config, started: Instant) {
         Query::Config(to) => drop(to.send(config.settings(core.borrow().kernel.cgroup()))),
         Query::State(to) => drop(tokio::task::spawn_local(state(core.clone(), to))),
         Query::Drains(to) => drop(to.send(core.borrow().drains.iter().map(Into::into).collect())),
+        Query::Mesh(to) => drop(to.send(core.borrow().mesh.facts())),
         Query::Events(to) => {
             let core = core.borrow();
             drop(to.send((core.history.iter().cloned().collect(), core.followers.subscribe())));
@@ -63,6 +64,7 @@ fn status(core: &Core, config: &Config, started: Instant) -> Status {
         pods: pods(core),
         counters: BTreeMap::new(),
         tunnel: core.mesh.counts(),
+        mesh: None,
         hooks: core.hooks.clone(),
     }
 }
@@ -87,6 +89,7 @@ fn facts(core: &Core, config: &Config) -> Facts {
         hooks: core.hooks.iter().map(|hook| (hook.hook.clone(), hook.ok)).collect(),
         lags: core.lags.clone(),
         counted: core.counted,
+        mesh: core.mesh.facts(),
     }
 }
 

@@ -1,10 +1,12 @@
 //! The command line: `hitless run` and what looks after it.
 
 mod ca;
+mod certificates;
 mod config;
 mod doctor;
 mod endpoints;
 mod events;
+mod policies;
 mod policy;
 mod rollout;
 mod status;
@@ -78,6 +80,12 @@ enum Command {
     /// What a running agent was told
     #[command(subcommand)]
     Config(ConfigCommand),
+    /// The certificates of the pods here: whose, how long still, what went wrong at the last renewal
+    #[command(after_help = "Exit status: 0 every identity has a valid one; 1 one has expired or is not there yet.")]
+    Certificates(LookArgs),
+    /// The policies that the agent was told: in force or not, who told them, what they decided, what is wrong
+    #[command(after_help = "Exit status: 0 none is malformed; 1 one is.")]
+    Policies(LookArgs),
     /// Who may talk to whom: check policy files, explain a decision
     #[command(subcommand)]
     Policy(PolicyCommand),
@@ -131,7 +139,8 @@ enum PolicyCommand {
     #[command(after_help = "Needs no agent. Exit status: 0 all can be enforced; 1 something is malformed.")]
     Check(policy::CheckArgs),
     /// Why a connection would be let in or refused: every policy, rule and field that was looked at
-    #[command(after_help = "Needs no agent. Examples:
+    #[command(after_help = "Asks the running agent, or with --file nobody. Examples:
+  hitless policy explain --from shop/web --to shop/db-0:5432    # by the policies in force, for a pod of this node
   hitless policy explain --file policies/ --from shop/web --to shop/app=db:5432
   hitless policy explain --file p.yaml --from spiffe://cluster.local/ns/shop/sa/web --to shop/db-0:5432 --state state.yaml
   hitless policy explain --file p.yaml --from 10.0.0.7 --to shop/app=db:5432   # plaintext")]
@@ -231,6 +240,8 @@ pub fn main() -> ExitCode {
         | Command::Endpoints { look, .. }
         | Command::Events { look, .. }
         | Command::Connections(look)
+        | Command::Certificates(look)
+        | Command::Policies(look)
         | Command::Drain(DrainCommand::Watch { look, .. })
         | Command::Rollout(RolloutCommand::Report(look))
         | Command::Doctor(doctor::DoctorArgs { look, .. })
@@ -269,6 +280,8 @@ fn run(command: Command, matches: &ArgMatches) -> anyhow::Result<ExitCode> {
         Command::Endpoints { service, look } => endpoints::run(service, &look),
         Command::Events { follow, look } => events::run(follow, &look),
         Command::Connections(look) => rollout::connections(&look),
+        Command::Certificates(look) => certificates::run(&look),
+        Command::Policies(look) => policies::run(&look),
         Command::Drain(DrainCommand::Watch { once, look }) => rollout::watch(!once, &look),
         Command::Rollout(RolloutCommand::Report(look)) => rollout::report(&look),
         Command::Config(ConfigCommand::Dump(args)) => config::dump(&args),

@@ -14,8 +14,12 @@ use anyhow::{Context, bail};
 use clap::Args;
 use serde::Serialize;
 
-use super::{Output, json, print};
+use super::{AgentArgs, Output, json, print};
 use crate::{
+    admin::{
+        client::Client,
+        protocol::{ExplainPolicyRequest, Setting},
+    },
     identity::SpiffeId,
     policy::{
         Explanation, Origin, Policies, ROOT_NAMESPACE, Request, Workload,
@@ -24,6 +28,9 @@ use crate::{
     },
     source::parse,
 };
+
+/// Where no agent says another one.
+const TRUST_DOMAIN: &str = "cluster.local";
 
 #[derive(Args, Debug)]
 pub struct CheckArgs {
@@ -45,14 +52,14 @@ pub struct CheckArgs {
 
 #[derive(Args, Debug)]
 pub struct ExplainArgs {
-    /// Files or directories of policies, as for `check`
-    #[arg(long = "file", required = true, value_name = "FILE")]
+    /// Files or directories of policies, as for `check`; without it the running agent is asked
+    #[arg(long = "file", value_name = "FILE")]
     files: Vec<PathBuf>,
     /// Who connects: spiffe://<trust domain>/ns/<namespace>/sa/<service account>, namespace/service-account, or an IP
     /// address (then it is plaintext)
     #[arg(long, value_name = "WHO")]
     from: From,
-    /// Where to: namespace/label=value,…:port, or namespace/pod:port with --state
+    /// Where to: namespace/label=value,…:port, or namespace/pod:port (of this node, or with --state)
     #[arg(long, value_name = "WHERE")]
     to: To,
     /// The client's address, for rules that look at it
@@ -61,14 +68,16 @@ pub struct ExplainArgs {
     /// The pod's address, for rules that look at it
     #[arg(long, value_name = "ADDRESS")]
     destination_ip: Option<IpAddr>,
-    /// Of a client that is given as namespace/service-account
-    #[arg(long, default_value = "cluster.local", value_name = "DOMAIN")]
-    trust_domain: String,
+    /// Of a client that is given as namespace/service-account [default: the agent's; with --file cluster.local]
+    #[arg(long, value_name = "DOMAIN")]
+    trust_domain: Option<String>,
     /// A file of desired state (`hitless config dump --state`), which knows pods by name
-    #[arg(long, value_name = "FILE")]
+    #[arg(long, requires = "files", value_name = "FILE")]
     state: Option<PathBuf>,
     #[command(flatten)]
     root: Root,
+    #[command(flatten)]
+    agent: AgentArgs,
     #[arg(
         short,
         long,
@@ -258,6 +267,9 @@ fn text(checked: &[Checked]) -> String {
 }
 
 pub fn explain(args: &ExplainArgs) -> anyhow::Result<ExitCode> {
+    if args.files.is_empty() {
+        return ask(args);
+    }
     let explanation = answer(args)?;
     match args.output {
         Output::Json => json(&explanation)?,
@@ -266,12 +278,56 @@ pub fn explain(args: &ExplainArgs) -> anyhow::Result<ExitCode> {
     Ok(ExitCode::SUCCESS)
 }
 
+/// By the policies that a running agent has in force.
+fn ask(args: &ExplainArgs) -> anyhow::Result<ExitCode> {
+    let mut client = Client::connect(&args.agent.socket()?)?;
+    let (identity, plaintext) = match &args.from {
+        From::Identity(id) => (Some(id.to_string()), None),
+        From::Account { namespace, name } => {
+            let trust_domain = match &args.trust_domain {
+                Some(domain) => domain.clone(),
+                None => trust_domain(&client.config()?)?,
+            };
+            (Some(SpiffeId::new(&trust_domain, namespace, name)?.to_string()), None)
+        }
+        From::Plaintext(address) => (None, Some(*address)),
+    };
+    let (pod, labels) = match &args.to.pod {
+        Pod::Named(name) => (Some(name.clone()), BTreeMap::new()),
+        Pod::Labelled(labels) => {
+            (None, labels.iter().map(|(key, value)| (key.to_string(), value.to_string())).collect())
+        }
+    };
+    let explanation = client.explain(ExplainPolicyRequest {
+        identity,
+        source_ip: args.source_ip.or(plaintext).map(|address| address.to_string()),
+        namespace: args.to.namespace.clone(),
+        pod,
+        labels,
+        destination_ip: args.destination_ip.map(|address| address.to_string()),
+        port: args.to.port.into(),
+    })?;
+    match args.output {
+        Output::Json => json(&serde_json::from_str::<serde_json::Value>(&explanation.json)?)?,
+        Output::Table => print(&explanation.text)?,
+    }
+    Ok(ExitCode::SUCCESS)
+}
+
+fn trust_domain(settings: &[Setting]) -> anyhow::Result<String> {
+    let setting = settings.iter().find(|setting| setting.key == "trust-domain");
+    let value = setting.and_then(|setting| serde_json::from_str::<Option<String>>(&setting.value).ok()?);
+    value.context("the agent does not say its trust domain: give --trust-domain")
+}
+
 fn answer(args: &ExplainArgs) -> anyhow::Result<Explanation> {
     let policies = read(&args.files, &args.root.root_namespace)?;
     let (workload, address) = workload(&args.to, args.state.as_deref())?;
     let (source, plaintext) = match &args.from {
         From::Identity(id) => (Some(id.clone()), None),
-        From::Account { namespace, name } => (Some(SpiffeId::new(&args.trust_domain, namespace, name)?), None),
+        From::Account { namespace, name } => {
+            (Some(SpiffeId::new(args.trust_domain.as_deref().unwrap_or(TRUST_DOMAIN), namespace, name)?), None)
+        }
         From::Plaintext(address) => (None, Some(*address)),
     };
     let unknown = IpAddr::V4(Ipv4Addr::UNSPECIFIED);

@@ -8,7 +8,7 @@ use super::{LookArgs, Output, json, print, table::table};
 use crate::{
     admin::{
         client::{Client, NoAgent},
-        protocol::{KernelSide, PodRow, Status, counters, layer_names},
+        protocol::{KernelSide, Mesh, PodRow, Status, counters, layer_names},
     },
     kernel,
 };
@@ -131,6 +131,9 @@ fn write(out: &mut String, status: &Status) -> std::fmt::Result {
             writeln!(out, "          {} backends wait for a service that is not known", objects.waiting)?;
         }
     }
+    if let Some(mesh) = &status.mesh {
+        write_mesh(out, mesh)?;
+    }
     let let_go = status.pods.iter().filter(|pod| pod.attached && !pod.enrolled).count();
     if let_go > 0 {
         writeln!(
@@ -158,6 +161,32 @@ fn write(out: &mut String, status: &Status) -> std::fmt::Result {
     if !counted.is_empty() {
         writeln!(out, "\n{}", table(["COUNTER", "SINCE INSTALLED"], &counted).trim_end())?;
     }
+    let carried = status.tunnel.iter().filter(|(_, count)| **count > 0);
+    let carried: Vec<_> = carried.map(|(name, count)| [name.clone(), count.to_string()]).collect();
+    if !carried.is_empty() {
+        writeln!(out, "\n{}", table(["TUNNEL", "SINCE THE AGENT STARTED"], &carried).trim_end())?;
+    }
+    Ok(())
+}
+
+fn write_mesh(out: &mut String, mesh: &Mesh) -> std::fmt::Result {
+    let Mesh { joined, waiting, certificates, policies, policies_malformed, policies_known } = mesh;
+    writeln!(out, "mesh      {joined} pods joined, {policies} policies in force")?;
+    if *waiting > 0 {
+        writeln!(out, "          NOT JOINED YET: {waiting} pods; their listeners are not open")?;
+    }
+    if !policies_known {
+        writeln!(out, "          POLICIES NOT KNOWN YET: nothing enters the pods of the mesh here")?;
+    }
+    if *policies_malformed > 0 {
+        writeln!(out, "          MALFORMED: {policies_malformed} policies; `hitless policies` says why")?;
+    }
+    let bad: Vec<_> = certificates.iter().filter(|(state, _)| *state != "valid").collect();
+    let valid = certificates.get("valid").copied().unwrap_or(0);
+    writeln!(out, "          {valid} certificates valid")?;
+    for (state, count) in bad {
+        writeln!(out, "          CERTIFICATES {}: {count}; `hitless certificates` says whose", state.to_uppercase())?;
+    }
     Ok(())
 }
 
@@ -183,5 +212,33 @@ mod tests {
         {
             assert!(text.contains(want), "{want:?} is not in\n{text}");
         }
+    }
+
+    #[test]
+    fn a_mesh_says_what_it_lacks_and_what_it_carried() {
+        let status = Status {
+            agent: Some(Agent::default()),
+            mesh: Some(Mesh {
+                joined: 2,
+                waiting: 1,
+                certificates: [("valid".to_owned(), 1), ("failing".to_owned(), 3)].into(),
+                policies: 4,
+                ..Mesh::default()
+            }),
+            tunnel: [("outbound_tunnelled".to_owned(), 7), ("inbound_denied".to_owned(), 0)].into(),
+            ..Status::default()
+        };
+        let text = text(&status);
+        for want in [
+            "mesh      2 pods joined, 4 policies in force",
+            "NOT JOINED YET: 1 pods",
+            "POLICIES NOT KNOWN YET",
+            "1 certificates valid",
+            "CERTIFICATES FAILING: 3",
+        ] {
+            assert!(text.contains(want), "{want:?} is not in\n{text}");
+        }
+        let carried: Vec<_> = text.lines().last().unwrap().split_whitespace().collect();
+        assert_eq!(carried, ["outbound_tunnelled", "7"]);
     }
 }

@@ -20,7 +20,7 @@ pub use view::View;
 
 use crate::{
     identity::SpiffeId,
-    model::{Event, Key, Object, Pod},
+    model::{Event, Key, Object, Pod, Service},
     policy,
     registry::{Problem, change::PodId, problem::pod_name},
 };
@@ -132,12 +132,19 @@ impl Directory {
         match event {
             Event::Upsert { object: Object::Pod(pod) } => problems.extend(self.declare(pod).err()),
             Event::Delete { object: Key::Pod { name } } => self.remove(name),
+            Event::Upsert { object: Object::Service(service) } => {
+                self.view.forget_services(|name| *name == *service.name);
+                self.declare_service(service);
+            }
+            Event::Delete { object: Key::Service { name } } => self.view.forget_services(|known| *known == **name),
             Event::Sync { state } => {
                 let told: BTreeSet<_> = state.pods.iter().map(|pod| &*pod.name).collect();
                 let gone = self.workloads.keys().filter(|name| !told.contains(&***name));
                 for name in gone.cloned().collect::<Vec<_>>() {
                     self.remove(&name);
                 }
+                self.view.forget_services(|_| true);
+                state.services.iter().for_each(|service| self.declare_service(service));
                 problems.extend(state.pods.iter().filter_map(|pod| self.declare(pod).err()));
             }
             _ => {}
@@ -221,6 +228,12 @@ impl Directory {
             now => self.plaintext.insert(workload.name.clone(), now),
         };
         before.unwrap_or_default() != now
+    }
+
+    fn declare_service(&self, service: &Service) {
+        for addr in &service.addresses {
+            self.view.put_service(*addr, service.name.clone());
+        }
     }
 
     fn declare(&mut self, pod: &Pod) -> Result<(), Problem> {

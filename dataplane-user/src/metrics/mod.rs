@@ -3,6 +3,7 @@
 pub mod drains;
 pub mod http;
 pub mod lag;
+pub mod mesh;
 mod text;
 
 use std::path::Path;
@@ -33,6 +34,8 @@ pub struct Facts {
     pub hooks: Vec<(String, bool)>,
     pub lags: lag::Lags,
     pub counted: Counted,
+    /// None: no mesh.
+    pub mesh: Option<mesh::Facts>,
 }
 
 /// What the agent itself counts.
@@ -51,6 +54,9 @@ pub fn expose(facts: &Facts, reader: &Reader) -> String {
     agent(&mut out, facts);
     lags(&mut out, &facts.lags);
     kernel(&mut out, reader);
+    if let Some(facts) = &facts.mesh {
+        mesh::expose(&mut out, facts);
+    }
     process(&mut out);
     out.finish()
 }

@@ -23,6 +23,15 @@ pub enum Action {
     Deny,
 }
 
+impl Action {
+    pub const fn as_str(self) -> &'static str {
+        match self {
+            Self::Allow => "ALLOW",
+            Self::Deny => "DENY",
+        }
+    }
+}
+
 /// Which workloads a policy is for.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Scope {

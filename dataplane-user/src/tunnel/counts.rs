@@ -2,6 +2,8 @@
 
 use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 
+use crate::hbone::pool::PoolSize;
+
 macro_rules! counts {
     ($($(#[$doc:meta])* $variant:ident => $name:literal,)*) => {
         /// One of [`Counts`]; the name is the counter's in metrics.
@@ -67,5 +69,44 @@ impl Counts {
 
     pub fn get(&self, count: Count) -> u64 {
         self.0[count as usize].load(Relaxed)
+    }
+}
+
+/// What the workers' pools hold together, as each of them last looked.
+#[derive(Debug, Default)]
+pub struct Pooled {
+    connections: AtomicU64,
+    streams: AtomicU64,
+}
+
+impl Pooled {
+    /// A worker's pool has another size than when it last looked.
+    pub fn change(&self, before: PoolSize, now: PoolSize) {
+        // Wrapping, as the atomics do: what was added is taken away again.
+        let add = |to: &AtomicU64, before: usize, now: usize| {
+            to.fetch_add((now as u64).wrapping_sub(before as u64), Relaxed);
+        };
+        add(&self.connections, before.connections, now.connections);
+        add(&self.streams, before.streams, now.streams);
+    }
+
+    /// Connections and streams.
+    pub fn read(&self) -> (u64, u64) {
+        (self.connections.load(Relaxed), self.streams.load(Relaxed))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn pools_of_several_workers_add_up_and_shrink_again() {
+        let pooled = Pooled::default();
+        let size = |connections, streams| PoolSize { connections, streams, dials: 0 };
+        pooled.change(size(0, 0), size(3, 9));
+        pooled.change(size(0, 0), size(1, 1));
+        pooled.change(size(3, 9), size(1, 0));
+        assert_eq!(pooled.read(), (2, 1));
     }
 }

@@ -1,14 +1,22 @@
 //! What comes into a pod here: HBONE from other nodes, and plaintext that the policies are asked about.
 
-use std::{net::SocketAddr, rc::Rc, sync::Arc, time::Duration};
+use std::{
+    io,
+    net::SocketAddr,
+    rc::Rc,
+    sync::Arc,
+    time::{Duration, Instant},
+};
 
 use tokio::net::TcpStream;
-use tracing::{debug, info};
+use tracing::debug;
 
 use super::{
     Count, LocalPod,
+    access::Access,
     outbound::about,
     sockets,
+    traffic::{Flags, Reporter},
     worker::{Worker, reset},
 };
 use crate::{
@@ -77,14 +85,17 @@ pub async fn plaintext(
     match sockets::connect_within(shared, pod, here, Some(peer), DIAL_WITHIN).await {
         Ok(application) => {
             worker.counts().one(Count::InboundPlain);
+            let open = inbound.access(&workload, None, here).open(shared);
             let bytes = Bytes::default();
-            let relayed = local::relay(socket, application, &bytes);
-            inbound.until_revoked(&workload, None, here, relayed).await;
+            let relayed = local::relay(application, socket, &bytes);
+            let ended = inbound.until_revoked(&workload, None, here, relayed).await;
             inbound.count(&bytes);
+            open.end(&bytes, ended.err().as_deref());
         }
         Err(error) => {
             worker.counts().one(Count::InboundFailed);
-            debug!(pod = %pod.name, %here, %error, "the application did not take captured plaintext");
+            let access = inbound.access(&workload, None, here);
+            access.failed(shared, Flags::NotConnected, &format!("the application did not take it: {error}"));
             reset(socket);
         }
     }
@@ -130,8 +141,8 @@ impl Inbound {
             match sockets::connect_within(&self.worker.shared, &self.pod, to, Some(client), DIAL_WITHIN).await {
                 Ok(application) => application,
                 Err(error) => {
-                    debug!(pod = %self.pod.name, %to, %error, "the application could not be reached");
-                    return self.bounce(&request, answer, to, client).await;
+                    let access = self.access(&workload, Some(&request.client), to);
+                    return self.bounce(&request, answer, to, client, access, &error).await;
                 }
             };
         let stream = match answer.accept(Some(&about(&workload))) {
@@ -140,20 +151,49 @@ impl Inbound {
             Err(error) => return debug!(pod = %self.pod.name, %error, "nobody waits for the answer any more"),
         };
         counts.one(Count::InboundTunnelled);
+        let open = self.access(&workload, Some(&request.client), to).open(&self.worker.shared);
         let bytes = Bytes::default();
         let relayed = relay::tunnel(application, stream, &bytes);
-        self.until_revoked(&workload, Some(&request.client), to, relayed).await;
+        let ended = self.until_revoked(&workload, Some(&request.client), to, relayed).await;
         self.count(&bytes);
+        open.end(&bytes, ended.err().as_deref());
+    }
+
+    fn access(&self, workload: &Arc<Workload>, client: Option<&SpiffeId>, to: SocketAddr) -> Access {
+        let source_workload = self.worker.shared.view.at(&self.peer.ip());
+        Access {
+            reporter: Reporter::Destination,
+            source: self.peer,
+            // A name is told of whoever proved it, or of plaintext that nobody proves.
+            source_workload: source_workload.filter(|one| client.is_none_or(|client| one.identity == *client)),
+            source_identity: client.cloned(),
+            destination: self.here,
+            hbone: client.map(|_| to),
+            service: None,
+            destination_workload: Some(workload.clone()),
+            destination_identity: Some(workload.identity.clone()),
+            began: Instant::now(),
+        }
     }
 
     /// The application is gone while its pod's network lives: another backend of the same services takes the stream, if
     /// one runs here. Only for peers that would not try another one themselves. What was proved of the client holds
     /// there too, because this node saw the proof; to another node it could not be passed on. And as it goes to an
     /// application, not to an agent, it goes no further.
-    async fn bounce(&self, request: &server::Request, answer: Answer, to: SocketAddr, client: SocketAddr) {
+    async fn bounce(
+        &self,
+        request: &server::Request,
+        answer: Answer,
+        to: SocketAddr,
+        client: SocketAddr,
+        access: Access,
+        error: &io::Error,
+    ) {
         let shared = &self.worker.shared;
         let refused = |answer: Answer| {
             shared.counts.one(Count::InboundFailed);
+            let error = format!("the application could not be reached: {error}");
+            access.failed(shared, Flags::NotConnected, &error);
             answer.refuse(Refusal::Unavailable);
         };
         let group = match shared.maps.group_of(to) {
@@ -176,16 +216,18 @@ impl Inbound {
             let Ok(stream) = answer.accept(Some(&about(&workload))) else { return };
             shared.counts.one(Count::InboundBounced);
             debug!(pod = %self.pod.name, to = %workload.name, "a stream for a dead application was taken by another");
+            let open = there.access(&workload, Some(&request.client), other.at).open(shared);
             let bytes = Bytes::default();
             let relayed = relay::tunnel(application, stream, &bytes);
-            there.until_revoked(&workload, Some(&request.client), other.at, relayed).await;
-            return there.count(&bytes);
+            let ended = there.until_revoked(&workload, Some(&request.client), other.at, relayed).await;
+            there.count(&bytes);
+            return open.end(&bytes, ended.err().as_deref());
         }
         refused(answer);
     }
 
     /// What the policies say, told and counted.
-    fn admitted(&self, workload: &Workload, client: Option<&SpiffeId>, to: SocketAddr) -> bool {
+    fn admitted(&self, workload: &Arc<Workload>, client: Option<&SpiffeId>, to: SocketAddr) -> bool {
         let Some(selected_by) = &workload.selected_by else { return true };
         let Some(decision) = self.worker.shared.admit(selected_by, &self.request(client, to)) else {
             debug!(pod = %self.pod.name, peer = %self.peer, "refused: the policies are not known yet");
@@ -193,6 +235,7 @@ impl Inbound {
         };
         if !decision.allow {
             self.worker.counts().one(Count::InboundDenied);
+            self.access(workload, client, to).denied(&self.worker.shared);
         }
         Record {
             source: self.peer,
@@ -226,17 +269,15 @@ impl Inbound {
         client: Option<&SpiffeId>,
         to: SocketAddr,
         relayed: impl Future<Output = Result<(), E>>,
-    ) {
+    ) -> Result<(), String> {
         let _carrying = self.worker.shared.carrying();
         let request = self.request(client, to);
         let revoked = self.worker.shared.revoked(workload.selected_by.as_deref(), &request);
         tokio::select! {
-            ended = relayed => if let Err(error) = ended {
-                debug!(pod = %self.pod.name, peer = %self.peer, %error, "a connection was cut");
-            },
+            ended = relayed => ended.map_err(|error| error.to_string()),
             () = revoked => {
                 self.worker.counts().one(Count::Revoked);
-                info!(pod = %self.pod.name, peer = %self.peer, %to, "cut: the policies forbid it now");
+                Err("cut: the policies forbid it now".into())
             }
         }
     }

@@ -4,14 +4,17 @@
 //! `hitless_inbound`). Workers share nothing on the way of a byte: each has a thread, a listener of its own in every
 //! pod (`SO_REUSEPORT`) and a pool of its own. What they look up together is [`Shared`].
 
+mod access;
 mod counts;
 mod inbound;
 mod outbound;
 mod sockets;
+pub mod traffic;
 mod worker;
 
 use std::{
     collections::HashMap,
+    fmt,
     fs::File,
     io,
     path::PathBuf,
@@ -23,10 +26,12 @@ use std::{
 
 use tokio::sync::{mpsc::UnboundedSender, watch};
 
-pub use counts::{Count, Counts};
+pub use access::host_of;
+pub use counts::{Count, Counts, Pooled};
 
 use self::{
     sockets::Listeners,
+    traffic::Traffic,
     worker::{Order, Worker},
 };
 use crate::{
@@ -47,6 +52,8 @@ pub struct Shared {
     /// Every source of policies has told all it has once: before that nothing is let in.
     policies_known: Arc<AtomicBool>,
     pub counts: Counts,
+    pub pooled: Pooled,
+    pub traffic: Traffic,
     /// Connections and streams that are carried now.
     active: AtomicU64,
     /// Connections between two pods of this node go through TLS too.
@@ -63,8 +70,8 @@ impl Shared {
         policies_known: Arc<AtomicBool>,
         local_tls: bool,
     ) -> Self {
-        let (counts, active, pods) = Default::default();
-        Self { maps, view, store, policies, policies_known, counts, active, local_tls, pods }
+        let (counts, pooled, traffic, active, pods) = Default::default();
+        Self { maps, view, store, policies, policies_known, counts, pooled, traffic, active, local_tls, pods }
     }
 
     /// Connections and streams that are carried now.
@@ -89,6 +96,12 @@ impl Shared {
 
     fn pod(&self, pod: PodId) -> Option<Arc<LocalPod>> {
         self.pods.read().unwrap_or_else(PoisonError::into_inner).get(&pod).cloned()
+    }
+}
+
+impl fmt::Debug for Shared {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Shared").field("counts", &self.counts).finish_non_exhaustive()
     }
 }
 

@@ -1,13 +1,21 @@
 //! A connection of a pod here to the mesh: to the backend that the kernel chose, or before its first byte to another.
 
-use std::{net::SocketAddr, rc::Rc, sync::Arc, time::Duration};
+use std::{
+    net::SocketAddr,
+    rc::Rc,
+    sync::Arc,
+    time::{Duration, Instant},
+};
 
 use dataplane_ebpf::abi::{HBONE_PORT, Tunnelled};
 use tokio::net::TcpStream;
 use tracing::debug;
 
 use super::{
-    Count, LocalPod, sockets,
+    Count, LocalPod,
+    access::Access,
+    sockets,
+    traffic::{Flags, Reporter},
     worker::{Worker, reset},
 };
 use crate::{
@@ -96,28 +104,31 @@ pub async fn carry(worker: &Rc<Worker>, pod: &Arc<LocalPod>, socket: TcpStream, 
         return reset(socket);
     };
     let outbound = Outbound { worker, pod, source: &source, client: SocketAddr::new(*source_ip, client.port()) };
+    let service = if about.service == 0 { None } else { worker.shared.view.service(&original.ip()) };
+    let access = Access {
+        reporter: Reporter::Source,
+        source: outbound.client,
+        source_workload: Some(source.clone()),
+        source_identity: Some(source.identity.clone()),
+        destination: original,
+        hbone: None,
+        service,
+        destination_workload: worker.shared.view.at(&original.ip()),
+        destination_identity: None,
+        began: Instant::now(),
+    };
     match outbound.connect(&about, original).await {
-        Ok(leg) => outbound.relay(socket, leg).await,
+        Ok((at, leg)) => outbound.relay(socket, at, leg, access).await,
         Err(failure) => {
-            let denied = matches!(failure, Failure::Denied(_) | Failure::Tunnel(ConnectError::Refused { .. }));
-            let count = match &failure {
-                Failure::Denied(_) => Count::OutboundDenied,
+            let (count, flags) = match &failure {
+                Failure::Denied(_) => (Count::OutboundDenied, Flags::Denied),
                 Failure::Tunnel(ConnectError::Refused { status, .. }) if *status == http::StatusCode::UNAUTHORIZED => {
-                    Count::OutboundDenied
+                    (Count::OutboundDenied, Flags::Denied)
                 }
-                _ => Count::OutboundFailed,
+                _ => (Count::OutboundFailed, Flags::NotConnected),
             };
             worker.counts().one(count);
-            tracing::info!(
-                target: "access",
-                direction = "outbound",
-                src.workload = %pod.name,
-                src.identity = %source.identity,
-                dst.addr = %original,
-                error = %failure,
-                denied,
-                "connection failed"
-            );
+            access.failed(&worker.shared, flags, &failure.to_string());
             reset(socket);
         }
     }
@@ -131,7 +142,7 @@ struct Outbound<'a> {
 }
 
 impl Outbound<'_> {
-    async fn connect(&self, about: &Tunnelled, original: SocketAddr) -> Result<Leg, Failure> {
+    async fn connect(&self, about: &Tunnelled, original: SocketAddr) -> Result<(SocketAddr, Leg), Failure> {
         let maps = &self.worker.shared.maps;
         let mut random = || self.worker.random();
         let chosen = maps.backend(about.backend, about.generation);
@@ -154,7 +165,7 @@ impl Outbound<'_> {
             let failure = match self.attempt(&target, patience).await {
                 Ok(leg) => {
                     let _ = maps.answered(&target);
-                    return Ok(leg);
+                    return Ok((target.at, leg));
                 }
                 Err(failure) => failure,
             };
@@ -250,37 +261,40 @@ impl Outbound<'_> {
         }
     }
 
-    async fn relay(&self, socket: TcpStream, leg: Leg) {
-        let _carrying = self.worker.shared.carrying();
+    async fn relay(&self, socket: TcpStream, at: SocketAddr, leg: Leg, mut access: Access) {
+        let shared = &self.worker.shared;
+        let _carrying = shared.carrying();
+        let (count, tunnelled) = match &leg {
+            Leg::Tunnel(_) => (Count::OutboundTunnelled, true),
+            Leg::Local(..) => (Count::OutboundLocal, false),
+            Leg::Plain(_) => (Count::OutboundPlain, false),
+        };
+        shared.counts.one(count);
+        access.destination_workload = shared.view.at(&at.ip());
+        // A peer of the mesh proved it, or this node's own pod has it.
+        access.destination_identity = access.destination_workload.as_ref().map(|workload| workload.identity.clone());
+        access.destination = if tunnelled { SocketAddr::new(at.ip(), HBONE_PORT) } else { at };
+        access.hbone = tunnelled.then_some(at);
+        let open = access.open(shared);
         let bytes = Bytes::default();
-        let (count, ended) = match leg {
-            Leg::Tunnel(stream) => {
-                self.worker.counts().one(Count::OutboundTunnelled);
-                (Count::OutboundTunnelled, relay::tunnel(socket, stream, &bytes).await.map_err(|e| e.to_string()))
-            }
+        let ended = match leg {
+            Leg::Tunnel(stream) => relay::tunnel(socket, stream, &bytes).await.map_err(|error| error.to_string()),
             Leg::Local(far, destination, at) => {
-                self.worker.counts().one(Count::OutboundLocal);
                 let request = self.request(at);
-                let revoked = self.worker.shared.revoked(destination.selected_by.as_deref(), &request);
-                let ended = tokio::select! {
+                let revoked = shared.revoked(destination.selected_by.as_deref(), &request);
+                tokio::select! {
                     ended = local::relay(socket, far, &bytes) => ended.map_err(|error| error.to_string()),
                     () = revoked => {
-                        self.worker.counts().one(Count::Revoked);
+                        shared.counts.one(Count::Revoked);
                         Err("the policies forbid it now".into())
                     }
-                };
-                (Count::OutboundLocal, ended)
+                }
             }
-            Leg::Plain(far) => {
-                self.worker.counts().one(Count::OutboundPlain);
-                (Count::OutboundPlain, local::relay(socket, far, &bytes).await.map_err(|e| e.to_string()))
-            }
+            Leg::Plain(far) => local::relay(socket, far, &bytes).await.map_err(|error| error.to_string()),
         };
-        self.worker.counts().add(Count::BytesSent, bytes.sent.get());
-        self.worker.counts().add(Count::BytesReceived, bytes.received.get());
-        if let Err(error) = ended {
-            debug!(pod = %self.pod.name, how = count.name(), error, "a connection was cut");
-        }
+        shared.counts.add(Count::BytesSent, bytes.sent.get());
+        shared.counts.add(Count::BytesReceived, bytes.received.get());
+        open.end(&bytes, ended.err().as_deref());
     }
 }
 

@@ -20,11 +20,15 @@ use tracing::{debug, warn};
 
 use super::{Counts, LocalPod, Shared, inbound, outbound, sockets::Listeners};
 use crate::{
-    hbone::{self, Timeouts, pool::Pool, tls::Contexts},
+    hbone::{
+        self, Timeouts,
+        pool::{Pool, PoolSize},
+        tls::Contexts,
+    },
     registry::change::PodId,
 };
 
-/// How often ended connections are dropped from the pool.
+/// How often ended connections are dropped from the pool, and what is left is counted.
 const SWEEP: Duration = Duration::from_secs(10);
 /// After accept() failed for want of descriptors or memory.
 const BREATH: Duration = Duration::from_millis(20);
@@ -73,6 +77,7 @@ impl Worker {
 
     async fn serve(self: Rc<Self>, mut orders: UnboundedReceiver<Order>) {
         let mut sweep = tokio::time::interval(SWEEP);
+        let mut counted = PoolSize::default();
         loop {
             tokio::select! {
                 order = orders.recv() => match order {
@@ -80,7 +85,11 @@ impl Worker {
                     Some(Order::Release(pod)) => self.release(pod),
                     None => return,
                 },
-                _ = sweep.tick() => self.pool.sweep(),
+                _ = sweep.tick() => {
+                    self.pool.sweep();
+                    let size = self.pool.size();
+                    self.shared.pooled.change(std::mem::replace(&mut counted, size), size);
+                }
             }
         }
     }

@@ -55,6 +55,19 @@ app.kubernetes.io/version: {{ .Chart.AppVersion | quote }}
 {{- end }}
 {{- end }}
 
+{{- /* Where certificates come from, as the agent has it mounted. */ -}}
+{{- define "hitless.identity" -}}
+{{- with .Values.mesh.identity }}
+{{- if eq .source "istio" }}
+{{- printf "istio:%s" .istio.address }}
+{{- else if eq .source "spiffe" }}
+{{- printf "spiffe:/run/spiffe/%s" .spiffe.socketName }}
+{{- else }}
+{{- printf "%s:/etc/hitless-identity" .source }}
+{{- end }}
+{{- end }}
+{{- end }}
+
 {{- /* The agent's configuration file: what the chart knows, then what the user adds. */ -}}
 {{- define "hitless.config" -}}
 source: kube
@@ -65,6 +78,18 @@ metrics-address: {{ include "hitless.metricsAddress" . | quote }}
 log-format: {{ .Values.agent.logFormat }}
 log-level: {{ .Values.agent.logLevel | quote }}
 on-exit: {{ .Values.agent.onExit }}
+{{- with .Values.mesh }}
+mtls: {{ ternary "on" "off" .enabled | quote }}
+trust-domain: {{ .trustDomain | quote }}
+root-namespace: {{ .rootNamespace | quote }}
+local-tls: {{ ternary "on" "off" .localTls | quote }}
+{{- if .enabled }}
+identity: {{ include "hitless.identity" $ | quote }}
+{{- if .policies.configMap }}
+policies: /etc/hitless-policies
+{{- end }}
+{{- end }}
+{{- end }}
 {{- with .Values.agent.config }}
 {{ toYaml . }}
 {{- end }}
