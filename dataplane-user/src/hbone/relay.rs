@@ -10,6 +10,7 @@ use std::{
 
 use bytes::{Buf, BufMut, Bytes, BytesMut};
 use h2::{Reason, RecvStream, SendStream};
+use nix::sys::socket::{setsockopt, sockopt};
 use tokio::net::TcpStream;
 
 use super::Stream;
@@ -42,26 +43,29 @@ pub enum RelayError {
 /// Relays until both directions have ended. A failure of one side resets the other.
 pub async fn tunnel(tcp: TcpStream, stream: Stream, counts: &Counts) -> Result<(), RelayError> {
     let Stream { mut send, mut recv, _place } = stream;
+    unfinished(&tcp);
     let result = {
         let up = upload(&tcp, &mut send, &counts.sent);
         let down = download(&tcp, &mut recv, &counts.received);
         tokio::try_join!(up, down).map(drop)
     };
     match &result {
-        Ok(()) => {}
+        Ok(()) => finished(&tcp),
         // RFC 9113 section 8.5: a TCP error is CONNECT_ERROR to the other side.
         Err(RelayError::Local(_)) => send.send_reset(Reason::CONNECT_ERROR),
-        Err(RelayError::Tunnel(_)) => reset(tcp),
+        Err(RelayError::Tunnel(_)) => {}
     }
     result
 }
 
 /// Relays between two TCP connections on this node.
 pub async fn local(near: TcpStream, far: TcpStream, counts: &Counts) -> Result<(), io::Error> {
+    unfinished(&near);
+    unfinished(&far);
     let result = tokio::try_join!(copy(&near, &far, &counts.sent), copy(&far, &near, &counts.received)).map(drop);
-    if result.is_err() {
-        reset(near);
-        reset(far);
+    if result.is_ok() {
+        finished(&near);
+        finished(&far);
     }
     result
 }
@@ -225,10 +229,16 @@ fn shutdown(tcp: &TcpStream) -> io::Result<()> {
     }
 }
 
-/// RST instead of FIN.
-fn reset(tcp: TcpStream) {
+/// From now on its close is RST instead of FIN, whoever closes it: when this process is killed, or a policy cuts the
+/// relay off, nobody is to take what he has for all there was.
+pub fn unfinished(tcp: &TcpStream) {
     // It fails only on a socket that is gone already.
     let _ = tcp.set_zero_linger();
+}
+
+/// All was said in both directions.
+fn finished(tcp: &TcpStream) {
+    let _ = setsockopt(tcp, sockopt::Linger, &nix::libc::linger { l_onoff: 0, l_linger: 0 });
 }
 
 fn reason(reset: Result<Reason, h2::Error>) -> h2::Error {
