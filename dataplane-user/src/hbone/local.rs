@@ -10,7 +10,7 @@ use nix::{
 };
 use tokio::{io::Interest, net::TcpStream};
 
-use super::relay::{Counts, LARGE, SMALL, reset, shutdown};
+use super::relay::{Counts, LARGE, SMALL, finished, shutdown, unfinished};
 
 /// Only a direction that has moved so much gets a pipe: two descriptors and a page or two.
 const MANY: u64 = 1 << 20;
@@ -19,10 +19,12 @@ const PIPE: usize = 1 << 20;
 
 /// Relays until both directions have ended. A failure of one side resets the other.
 pub async fn relay(near: TcpStream, far: TcpStream, counts: &Counts) -> io::Result<()> {
+    unfinished(&near);
+    unfinished(&far);
     let result = tokio::try_join!(forward(&near, &far, &counts.sent), forward(&far, &near, &counts.received)).map(drop);
-    if result.is_err() {
-        reset(near);
-        reset(far);
+    if result.is_ok() {
+        finished(&near);
+        finished(&far);
     }
     result
 }

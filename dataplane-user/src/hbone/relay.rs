@@ -11,6 +11,7 @@ use std::{
 
 use bytes::{Buf, BufMut, Bytes, BytesMut};
 use h2::{Reason, RecvStream, SendStream};
+use nix::sys::socket::{setsockopt, sockopt};
 use tokio::{
     io::AsyncReadExt,
     net::{
@@ -50,6 +51,7 @@ pub enum RelayError {
 /// Relays until both directions have ended. A failure of one side resets the other.
 pub async fn tunnel(mut tcp: TcpStream, stream: Stream, counts: &Counts) -> Result<(), RelayError> {
     let Stream { mut send, mut recv, _place } = stream;
+    unfinished(&tcp);
     let result = {
         let (read, write) = tcp.split();
         let up = upload(read, &mut send, &counts.sent);
@@ -57,10 +59,10 @@ pub async fn tunnel(mut tcp: TcpStream, stream: Stream, counts: &Counts) -> Resu
         tokio::try_join!(up, down).map(drop)
     };
     match &result {
-        Ok(()) => {}
+        Ok(()) => finished(&tcp),
         // RFC 9113 section 8.5: a TCP error is CONNECT_ERROR to the other side.
         Err(RelayError::Local(_)) => send.send_reset(Reason::CONNECT_ERROR),
-        Err(RelayError::Tunnel(_)) => reset(tcp),
+        Err(RelayError::Tunnel(_)) => {}
     }
     result
 }
@@ -200,10 +202,16 @@ pub(super) fn shutdown(tcp: &TcpStream) -> io::Result<()> {
     }
 }
 
-/// RST instead of FIN.
-pub(super) fn reset(tcp: TcpStream) {
+/// From now on its close is RST instead of FIN, whoever closes it: when this process is killed, or a policy cuts the
+/// relay off, nobody is to take what he has for all there was.
+pub fn unfinished(tcp: &TcpStream) {
     // It fails only on a socket that is gone already.
     let _ = tcp.set_zero_linger();
+}
+
+/// All was said in both directions.
+pub(super) fn finished(tcp: &TcpStream) {
+    let _ = setsockopt(tcp, sockopt::Linger, &nix::libc::linger { l_onoff: 0, l_linger: 0 });
 }
 
 fn reason(reset: Result<Reason, h2::Error>) -> h2::Error {

@@ -153,6 +153,9 @@ async fn carry(worker: Rc<Worker>, pod: Arc<LocalPod>, socket: TcpStream, peer: 
         Err(error) => return debug!(pod = %pod.name, %error, "a connection ended before it was looked at"),
     };
     let peer = canonical(peer);
+    if here.port() != hbone::PORT {
+        hbone::relay::unfinished(&socket);
+    }
     if here.ip().is_loopback() {
         outbound::carry(&worker, &pod, socket, peer).await;
     } else if here.port() == hbone::PORT {
