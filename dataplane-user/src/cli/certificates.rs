@@ -81,7 +81,8 @@ mod tests {
             ..Certificate::default()
         };
         let text = text(&[row], 1060);
-        let cells: Vec<_> = text.lines().nth(1).unwrap().split("  ").filter(|cell| !cell.is_empty()).collect();
+        let cells: Vec<_> =
+            text.lines().nth(1).unwrap().split("  ").map(str::trim).filter(|cell| !cell.is_empty()).collect();
         assert_eq!(cells, ["spiffe://d/ns/shop/sa/web", "expired", "1 min ago", "1 d 0 h", "1", "-"]);
         assert!(text.ends_with("spiffe://d/ns/shop/sa/web: istiod does not answer\n"), "{text}");
     }

@@ -149,7 +149,7 @@ mod tests {
         let config = options("source: file:/a").resolve().unwrap();
         let settings = config.settings(Path::new("/sys/fs/cgroup"));
         let unset: Vec<_> = settings.iter().filter(|setting| setting.value.is_null()).map(|s| &*s.key).collect();
-        assert_eq!(unset, ["kubeconfig", "ready-file"]);
+        assert_eq!(unset, ["identity", "kubeconfig", "policies", "ready-file"]);
     }
 
     #[test]

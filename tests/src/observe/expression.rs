@@ -12,7 +12,7 @@ pub fn names(expression: &str) -> BTreeSet<String> {
 
 /// What an alert's expression compares with a number: `x` of `x > 0.8`.
 pub fn compared(expression: &str) -> Option<&str> {
-    let ends = [" > ", " == "].into_iter().filter_map(|comparison| expression.rfind(comparison));
+    let ends = [" > ", " < ", " == "].into_iter().filter_map(|comparison| expression.rfind(comparison));
     ends.max().map(|end| &expression[..end])
 }
 
@@ -43,6 +43,7 @@ mod tests {
     fn an_alert_is_taken_apart_at_its_last_comparison() {
         assert_eq!(compared("a == 0"), Some("a"));
         assert_eq!(compared("count (a > 0) > 0.001"), Some("count (a > 0)"));
+        assert_eq!(compared("a < 900"), Some("a"));
         assert_eq!(compared("rate(a[5m])"), None);
     }
 
