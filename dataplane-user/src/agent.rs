@@ -166,6 +166,9 @@ async fn serve(config: Config) -> anyhow::Result<()> {
         _ = interrupt.recv() => Ok("SIGINT"),
         Some(ended) = tasks.join_next() => Err(ended),
     };
+    if let (Some(settings), Ok(_)) = (&config.mesh, &ended) {
+        mesh::drain(&core, settings.drain).await;
+    }
     tasks.shutdown().await;
     drop(ready_file);
     let _ = std::fs::remove_file(&admin_socket);

@@ -654,6 +654,7 @@ identity: ca:/etc/hitless/ca
 policies: /etc/hitless/policies
 root-namespace: mesh
 local-tls: on
+tunnel-drain: 3s
 tunnel-workers: 2
 metrics-address: 127.0.0.1:15084
 log-format: json

@@ -2,7 +2,7 @@
 
 use anyhow::Result;
 use hitless_tests::cluster::{
-    Spec, daemonset,
+    Cni, Spec, daemonset,
     scene::{NAMESPACE, Scene, Server},
 };
 
@@ -11,7 +11,8 @@ const QPS: u32 = 50;
 
 #[test]
 fn the_daemonset_of_deploy_fails_no_connect_whatever_becomes_of_its_agents() -> Result<()> {
-    let scene = Scene::new(&Spec::default(), REPLICAS, Server::Nginx)?;
+    // Another way to join pods to their node than the other suites have.
+    let scene = Scene::new(&Spec { cni: Cni::Ptp, ..Spec::default() }, REPLICAS, Server::Nginx)?;
     let cluster = &scene.cluster;
     daemonset::install(cluster)?;
     for node in cluster.nodes() {

@@ -92,7 +92,7 @@ fn rollouts_of_httpbin_under_1000_requests_a_second_fail_no_connect() -> Result<
 }
 
 #[test]
-#[ignore = "what differs is seen in the failures' long form: part of the long form"]
+#[ignore = "part of the long form"]
 fn rollouts_beside_kube_proxy_with_nftables_fail_no_connect() -> Result<()> {
     let rolled =
         roll_with_hitless(&Spec { kube_proxy: KubeProxy::Nftables, ..Spec::default() }, Server::Httpbin, 1000)?;

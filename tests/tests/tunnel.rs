@@ -201,3 +201,146 @@ fn a_pod_that_joins_under_load_loses_no_connection() -> Result<()> {
     }
     Ok(())
 }
+
+/// An ALLOW policy for one principal, and what is denied by name.
+fn only(account: &str) -> String {
+    format!(
+        "
+apiVersion: security.istio.io/v1
+kind: AuthorizationPolicy
+metadata: {{name: only-{account}, namespace: lab}}
+spec:
+  action: ALLOW
+  rules: [{{from: [{{source: {{principals: [cluster.local/ns/lab/sa/{account}]}}}}]}}]
+"
+    )
+}
+
+#[test]
+fn policies_decide_by_identity_and_open_connections_are_asked_again() -> Result<()> {
+    let (scene, mesh) = mesh(&[1, 2], &[])?;
+    let outsider = scene.lab.node(2).add_pod("outsider")?;
+    scene.control.add_pod(&outsider, &Terms { not_enrolled: true, ..Terms::default() })?;
+    let addresses = || scene.webs.iter().flat_map(|web| web.pod.addresses()).map(|addr| SocketAddr::new(addr, PORT));
+    let ask = |from: &hitless_tests::lab::Pod| -> Vec<bool> {
+        let asked = addresses().map(|to| connect_from(&from.place, to).and_then(|mut stream| who(&mut stream)));
+        asked.map(|answer| answer.is_ok()).collect()
+    };
+    mesh.set_policies(&only("default"))?;
+    eventually(|| ask(&outsider) == [false; 4], "plaintext has no principal");
+    assert_eq!(ask(&scene.client), [true; 4], "the client is who it has to be");
+    let mut open: Vec<_> = addresses().map(|to| connect_from(&scene.client.place, to)).collect::<Result<_, _>>()?;
+    for stream in &mut open {
+        who(stream)?;
+    }
+    mesh.set_policies(&only("somebody-else"))?;
+    eventually(|| ask(&scene.client) == [false; 4], "it is somebody else's");
+    for stream in &mut open {
+        assert!(who(stream).is_err(), "a connection outlived its permission");
+    }
+    assert!(tunnel(&scene, "revoked") >= 4 && tunnel(&scene, "inbound_denied") > 0);
+    mesh.set_policies("")?;
+    eventually(|| ask(&scene.client) == [true; 4] && ask(&outsider) == [true; 4], "all may again");
+    Ok(())
+}
+
+/// A proxy that is not hitless: it speaks HBONE, names a pod by address, and never tries another.
+fn foreign_connect(scene: &Scene, mesh: &Mesh, from: &hitless_tests::lab::Pod, to: SocketAddr) -> Result<String> {
+    use dataplane_user::{
+        hbone::{
+            self, Timeouts,
+            client::Connect,
+            headers::{Authority, Metadata},
+            pool::{Key, Pool},
+            relay,
+            tls::Context,
+        },
+        identity::{SpiffeId, Store, ca::OwnCa},
+    };
+    use tokio::io::{AsyncBufReadExt as _, AsyncWriteExt as _};
+
+    let peer = SocketAddr::new(to.ip(), hbone::PORT);
+    let dialled = connect_from(&from.place, peer)?;
+    dialled.set_nonblocking(true)?;
+    let _ = scene;
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
+    runtime.block_on(tokio::task::LocalSet::new().run_until(async {
+        let id = SpiffeId::new("cluster.local", "lab", "gateway")?;
+        let store = Store::new(
+            std::sync::Arc::new(OwnCa::open(&mesh.ca(), std::time::Duration::from_secs(600))?),
+            Default::default(),
+        );
+        let running = store.clone();
+        tokio::task::spawn_local(async move { running.run().await });
+        let credential = store.fetch(&id).await?;
+        let context = std::rc::Rc::new(Context::new(&credential)?);
+        let key = Key {
+            source: id,
+            expected: [SpiffeId::new("cluster.local", "lab", "default")?].into(),
+            destination: peer,
+            source_ip: from.addresses()[usize::from(to.is_ipv6())],
+        };
+        let dialled = std::cell::RefCell::new(Some(tokio::net::TcpStream::from_std(dialled)?));
+        let dial = || std::future::ready(dialled.borrow_mut().take().ok_or(std::io::ErrorKind::NotConnected.into()));
+        let connect = Connect::new(Authority::Address(to), Metadata::default());
+        let pool = Pool::new(Timeouts::default());
+        let tunnel = pool.connect(&key, &context, &connect, dial).await?;
+        // The relay wants a TCP connection: one over loopback.
+        let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await?;
+        let mut near = tokio::net::TcpStream::connect(listener.local_addr()?).await?;
+        let (far, _) = listener.accept().await?;
+        tokio::task::spawn_local(async move {
+            let _ = relay::tunnel(far, tunnel.stream, &relay::Counts::default()).await;
+        });
+        near.write_all(b"who\n").await?;
+        let mut line = String::new();
+        tokio::io::BufReader::new(near).read_line(&mut line).await?;
+        Ok(line.split(' ').next().unwrap_or_default().to_owned())
+    }))
+}
+
+#[test]
+fn a_stream_of_a_foreign_proxy_for_a_dead_application_is_taken_by_another() -> Result<()> {
+    let (scene, mesh) = mesh(&[2, 2, 1], &[])?;
+    let outsider = scene.lab.node(1).add_pod("proxy")?;
+    scene.control.add_pod(&outsider, &Terms { not_enrolled: true, ..Terms::default() })?;
+    let [dead, alive] = [&scene.webs[0], &scene.webs[1]];
+    for addr in dead.pod.addresses() {
+        assert_eq!(foreign_connect(&scene, &mesh, &outsider, SocketAddr::new(addr, PORT))?, dead.name);
+    }
+    kill(dead);
+    for addr in dead.pod.addresses() {
+        // The one of the same node: to the other nobody could prove who the client is.
+        assert_eq!(foreign_connect(&scene, &mesh, &outsider, SocketAddr::new(addr, PORT))?, alive.name);
+    }
+    assert_eq!(tunnel(&scene, "inbound_bounced"), 2);
+    mesh.set_policies(&only("somebody-else"))?;
+    let refused = || foreign_connect(&scene, &mesh, &outsider, SocketAddr::new(dead.pod.v4(), PORT)).is_err();
+    eventually(refused, "the policy holds for the client, wherever its stream ends");
+    Ok(())
+}
+
+#[test]
+fn a_stopping_agent_waits_for_what_it_carries_and_says_what_it_cuts() -> Result<()> {
+    let (scene, _mesh) = mesh(&[2], &["--tunnel-drain", "2s"])?;
+    let mut streams: Vec<_> = Family::BOTH.iter().map(|family| scene.connect(*family)).collect::<Result<_, _>>()?;
+    for stream in &mut streams {
+        who(stream)?;
+    }
+    let agent = scene.agent(1).process();
+    agent.sigterm()?;
+    // New ones go without the tunnel: the pods take plaintext.
+    eventually(|| agent.log().contains("waiting for the connections"), "the agent is stopping");
+    for stream in &mut streams {
+        who(stream)?;
+    }
+    drop(streams.remove(0));
+    agent.wait()?;
+    assert!(who(&mut streams[0]).is_err(), "it outlived the agent that carried it");
+    let log = agent.log();
+    assert!(log.contains("cut=1") && log.contains("of=2"), "{log}");
+    for family in Family::BOTH {
+        who(&mut scene.connect(family)?)?;
+    }
+    Ok(())
+}

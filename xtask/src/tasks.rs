@@ -84,8 +84,8 @@ fn build(workspace: &Workspace, profile: Profile) -> Result<PathBuf> {
         Profile::Release => ("release", "release"),
         Profile::Dev => ("dev", "debug"),
     };
-    let packages = ["--package", "dataplane-user", "--package", "hitless-tests"];
-    status(here(workspace).args(["build", "--locked", "--profile", name, "--bins"]).args(packages))?;
+    // The whole workspace, as for the tests: for chosen packages their dependencies are built again, with other features.
+    status(here(workspace).args(["build", "--workspace", "--locked", "--profile", name, "--bins"]))?;
     Ok(workspace.target.join(directory))
 }
 

@@ -317,6 +317,33 @@ pub async fn tend(core: SharedCore) -> std::io::Result<()> {
     }
 }
 
+/// The agent is about to stop: new connections go without the tunnel, those that are carried get their time.
+pub async fn drain(core: &SharedCore, within: Duration) {
+    let shared = {
+        let core = &mut *core.borrow_mut();
+        let Some(mesh) = &mut core.mesh.0 else { return };
+        for pod in &mesh.open {
+            if let Err(error) = core.kernel.set_outbound(*pod, 0) {
+                warn!(pod, %error, "its connections are led to the tunnel still");
+            }
+        }
+        mesh.tunnel.drain_all();
+        mesh.tunnel.shared().clone()
+    };
+    let ended = async {
+        while shared.active() > 0 {
+            tokio::time::sleep(Duration::from_millis(20)).await;
+        }
+    };
+    let carried = shared.active();
+    if carried > 0 {
+        info!(connections = carried, within = ?within, "waiting for the connections that are carried");
+    }
+    if tokio::time::timeout(within, ended).await.is_err() {
+        warn!(cut = shared.active(), of = carried, "connections are cut: they took longer than --tunnel-drain");
+    }
+}
+
 /// The kubelet's probes come from this node's addresses.
 fn learn_node(core: &SharedCore) {
     let Ok(interfaces) = nix::ifaddrs::getifaddrs() else { return };

@@ -77,6 +77,7 @@ impl Options {
                 trust_domain: Some("cluster.local".into()),
                 root_namespace: Some(crate::policy::ROOT_NAMESPACE.into()),
                 local_tls: Some(Switch::Off),
+                tunnel_drain: "10s".parse::<Span>().ok(),
                 tunnel_workers: Some(0),
                 ..MeshOptions::default()
             },

@@ -1,12 +1,12 @@
 //! What the agent is told about the mesh: whether it tunnels, by which identities, under which policies.
 
-use std::{path::PathBuf, sync::Arc};
+use std::{path::PathBuf, sync::Arc, time::Duration};
 
 use anyhow::bail;
 use clap::Args;
 use serde::{Deserialize, Serialize};
 
-use super::Switch;
+use super::{Span, Switch};
 use crate::{identity::Source as IdentitySource, policy::ROOT_NAMESPACE};
 
 /// As `Options`, for the mesh.
@@ -40,10 +40,16 @@ pub struct MeshOptions {
     #[arg(long, env = "HITLESS_LOCAL_TLS", value_name = "WHEN")]
     pub local_tls: Option<Switch>,
 
+    /// How long a stopping agent waits for the connections that it carries to end [default: 10s]
+    #[arg(long, env = "HITLESS_TUNNEL_DRAIN", value_name = "DURATION")]
+    pub tunnel_drain: Option<Span>,
+
     /// Threads that carry connections; 0: one per CPU [default: 0]
     #[arg(long, env = "HITLESS_TUNNEL_WORKERS", value_name = "N", value_parser = clap::value_parser!(u32).range(0..=64))]
     pub tunnel_workers: Option<u32>,
 }
+
+const DRAIN: Duration = Duration::from_secs(10);
 
 /// Everything filled in.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -53,13 +59,25 @@ pub struct MeshSettings {
     pub policies: Option<PathBuf>,
     pub root_namespace: String,
     pub local_tls: bool,
+    pub drain: Duration,
     pub workers: usize,
 }
 
 impl MeshOptions {
     /// `self` wins, field by field.
     pub fn over(self, under: Self) -> Self {
-        prefer!(self, under, mtls, trust_domain, identity, policies, root_namespace, local_tls, tunnel_workers)
+        prefer!(
+            self,
+            under,
+            mtls,
+            trust_domain,
+            identity,
+            policies,
+            root_namespace,
+            local_tls,
+            tunnel_drain,
+            tunnel_workers
+        )
     }
 
     /// None: no mesh.
@@ -84,6 +102,7 @@ impl MeshOptions {
             policies: self.policies,
             root_namespace: self.root_namespace.unwrap_or_else(|| ROOT_NAMESPACE.into()),
             local_tls: self.local_tls.unwrap_or(Switch::Off) == Switch::On,
+            drain: self.tunnel_drain.map_or(DRAIN, |span| span.0),
             workers: if workers == 0 { std::thread::available_parallelism().map_or(1, usize::from) } else { workers },
         }))
     }

@@ -33,7 +33,7 @@ use crate::identity::{SpiffeId, TrustBundle};
 /// As Istio's pool has it.
 const MAX_STREAMS: usize = 100;
 /// Of one stream, sent but not yet on the wire.
-const SEND_BUFFER: usize = 1 << 20;
+const SEND_BUFFER: usize = 256 << 10;
 
 /// A CONNECT to send.
 #[derive(Clone, Debug)]

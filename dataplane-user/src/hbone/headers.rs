@@ -305,6 +305,8 @@ pub struct Metadata {
     pub baggage: Option<Baggage>,
     pub forwarded: Option<Forwarded>,
     pub traceparent: Option<TraceParent>,
+    /// The peer knows the destination's service, or knows that it may be no other: when it is refused it decides itself.
+    pub tries_elsewhere: bool,
 }
 
 impl Metadata {
@@ -314,6 +316,7 @@ impl Metadata {
             baggage: joined(headers, BAGGAGE).and_then(|v| v.parse().ok()),
             forwarded: joined(headers, FORWARDED).and_then(|v| v.parse().ok()),
             traceparent: trace.and_then(|v| v.parse().ok()),
+            tries_elsewhere: headers.contains_key(TRIES_ELSEWHERE),
         }
     }
 
@@ -328,13 +331,16 @@ impl Metadata {
         };
         set(BAGGAGE, self.baggage.as_ref().map(ToString::to_string))?;
         set(FORWARDED, self.forwarded.as_ref().map(ToString::to_string))?;
-        set(TRACEPARENT, self.traceparent.as_ref().map(ToString::to_string))
+        set(TRACEPARENT, self.traceparent.as_ref().map(ToString::to_string))?;
+        set(TRIES_ELSEWHERE, self.tries_elsewhere.then(|| "1".to_owned()))
     }
 }
 
 pub const BAGGAGE: &str = "baggage";
 pub const FORWARDED: &str = "forwarded";
 pub const TRACEPARENT: &str = "traceparent";
+/// hitless's own; other peers pass over it.
+pub const TRIES_ELSEWHERE: &str = "x-hitless-tries-elsewhere";
 
 /// RFC 9110 section 5.6.3.
 const OWS: [char; 2] = [' ', '\t'];

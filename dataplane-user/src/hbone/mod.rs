@@ -7,6 +7,8 @@ mod bounds;
 pub mod client;
 pub mod headers;
 mod keepalive;
+pub mod local;
+pub mod memory;
 mod pipe;
 pub mod pool;
 pub mod relay;

@@ -22,8 +22,11 @@ use super::{
 };
 
 /// rustls asks for 4 KiB at a time, whatever is waiting: a bulk transfer would cost a system call for every 4 KiB.
-/// Below glibc's threshold for a mapping of its own, so that taking and giving back the buffer is cheap.
 const BULK: usize = 64 << 10;
+
+/// After so much, the tasks that carry it on have their turn: h2 would read until its windows are full (16 MiB), and
+/// what comes first would have left the CPU's caches by the time that it is written.
+const TURN: usize = 256 << 10;
 
 /// What the connection's other tasks learn about its socket.
 #[derive(Clone)]
@@ -52,12 +55,14 @@ pub(super) struct Pipe {
     taken: usize,
     /// The last read filled what it was given: more is waiting.
     bulk: bool,
+    /// What may still be read in this turn.
+    turn: usize,
 }
 
 impl Pipe {
     pub(super) fn new(tcp: TcpStream) -> io::Result<Self> {
         tcp.set_nodelay(true)?;
-        Ok(Self { tcp, heard: Heard::now(), waiting: Vec::new(), taken: 0, bulk: false })
+        Ok(Self { tcp, heard: Heard::now(), waiting: Vec::new(), taken: 0, bulk: false, turn: TURN })
     }
 
     pub(super) fn heard(&self) -> Heard {
@@ -84,11 +89,18 @@ impl AsyncRead for Pipe {
                 return Poll::Ready(Ok(()));
             }
             ready!(this.tcp.poll_read_ready(cx))?;
+            if this.turn < BULK {
+                this.turn = TURN;
+                cx.waker().wake_by_ref();
+                return Poll::Pending;
+            }
             let mut bulk = Vec::with_capacity(BULK);
             // The future has no state: it may be made anew for every poll.
             let n = ready!(pin!(this.tcp.read_buf(&mut bulk)).poll(cx))?;
             this.note(n);
             this.bulk = n == BULK;
+            // A turn ends also where the socket is empty.
+            this.turn = if this.bulk { this.turn - n } else { TURN };
             (this.waiting, this.taken) = (bulk, 0);
         }
         let n = buf.remaining().min(this.waiting.len() - this.taken);

@@ -43,6 +43,8 @@ const PER_DIAL: usize = 100;
 
 type Dial = Shared<Pin<Box<dyn Future<Output = Result<Rc<Connection>, ConnectError>>>>>;
 
+type Reached = Rc<Cell<Option<Instant>>>;
+
 #[derive(Default)]
 struct Entry {
     connections: Vec<Rc<Connection>>,
@@ -53,6 +55,8 @@ struct Entry {
 struct Pending {
     number: u64,
     dial: Dial,
+    /// When its socket was connected.
+    reached: Reached,
     waiters: usize,
 }
 
@@ -90,15 +94,12 @@ impl Pool {
         F: Fn() -> Fut,
         Fut: Future<Output = io::Result<TcpStream>> + 'static,
     {
-        let deadline = Instant::now() + connect.patience.min(connect.within);
+        let begun = Instant::now();
         loop {
             let (connection, place) = match self.pooled(key, context) {
                 Some(found) => found,
                 None => {
-                    let dial = self.join_dial(key, context, &dial);
-                    // After that the dial goes on: whoever comes next may find it done.
-                    let silent = |_| ConnectError::Silent { peer: key.destination, after: connect.patience };
-                    let connection = timeout_at(deadline, dial).await.map_err(silent)??;
+                    let connection = self.dialled(key, context, connect, &dial, begun).await?;
                     match connection.place() {
                         Some(place) => (connection, place),
                         // Others were quicker.
@@ -115,6 +116,32 @@ impl Pool {
                 self.evict(key, &connection);
             }
             return result;
+        }
+    }
+
+    /// Waits for a dial, its own or one that is under way. When that takes too long it goes on: whoever comes next may
+    /// find it done.
+    async fn dialled<F, Fut>(
+        &self,
+        key: &Key,
+        context: &Rc<Context>,
+        connect: &Connect,
+        dial: &F,
+        begun: Instant,
+    ) -> Result<Rc<Connection>, ConnectError>
+    where
+        F: Fn() -> Fut,
+        Fut: Future<Output = io::Result<TcpStream>> + 'static,
+    {
+        let (dial, reached) = self.join_dial(key, context, dial);
+        loop {
+            // A peer whose kernel has answered lives; its agent gets as long again for the handshake.
+            let patient_until = reached.get().unwrap_or(begun).max(begun) + connect.patience;
+            match timeout_at(patient_until.min(begun + connect.within), dial.clone()).await {
+                Ok(connection) => return connection,
+                Err(_) if reached.get().is_some_and(|at| at + connect.patience > patient_until) => {}
+                Err(_) => return Err(ConnectError::Silent { peer: key.destination, after: connect.patience }),
+            }
         }
     }
 
@@ -156,7 +183,7 @@ impl Pool {
     }
 
     /// A dial that is under way and not yet spoken for by all its future streams, or a new one.
-    fn join_dial<F, Fut>(&self, key: &Key, context: &Rc<Context>, dial: &F) -> Dial
+    fn join_dial<F, Fut>(&self, key: &Key, context: &Rc<Context>, dial: &F) -> (Dial, Reached)
     where
         F: Fn() -> Fut,
         Fut: Future<Output = io::Result<TcpStream>> + 'static,
@@ -165,22 +192,23 @@ impl Pool {
         let entry = entries.entry(key.clone()).or_default();
         if let Some(pending) = entry.dials.iter_mut().find(|pending| pending.waiters < PER_DIAL) {
             pending.waiters += 1;
-            return pending.dial.clone();
+            return (pending.dial.clone(), pending.reached.clone());
         }
         let dialled = dial();
         let number = self.dials_begun.get();
         self.dials_begun.set(number + 1);
-        let (pool, key, context) = (self.clone(), key.clone(), context.clone());
+        let reached = Reached::default();
+        let (pool, key, context, connected) = (self.clone(), key.clone(), context.clone(), reached.clone());
         let work: Pin<Box<dyn Future<Output = _>>> = Box::pin(async move {
-            let result = pool.open(&key, &context, dialled).await;
+            let result = pool.open(&key, &context, dialled, &connected).await;
             pool.finish(&key, number, &result);
             result
         });
         let work = work.shared();
-        entry.dials.push(Pending { number, dial: work.clone(), waiters: 1 });
+        entry.dials.push(Pending { number, dial: work.clone(), reached: reached.clone(), waiters: 1 });
         // On its own, so that it survives the caller who began it.
         spawn_local(work.clone());
-        work
+        (work, reached)
     }
 
     async fn open(
@@ -188,6 +216,7 @@ impl Pool {
         key: &Key,
         context: &Context,
         dialled: impl Future<Output = io::Result<TcpStream>>,
+        reached: &Reached,
     ) -> Result<Rc<Connection>, ConnectError> {
         let peer = key.destination;
         let within = self.timeouts.handshake;
@@ -197,6 +226,7 @@ impl Pool {
                 kind: e.kind(),
                 message: e.to_string().into(),
             })?;
+            reached.set(Some(Instant::now()));
             Ok(Connection::open(tcp, peer, context, &key.expected, self.timeouts).await?)
         };
         let timed_out = |_| HandshakeError { peer, reason: TlsError::TimedOut(within) };

@@ -2,23 +2,31 @@
 
 use std::{
     cell::Cell,
-    future::poll_fn,
+    future::{Future, poll_fn},
     io::{self, IoSlice},
     os::fd::AsRawFd,
+    pin::pin,
     task::{Context, Poll},
 };
 
 use bytes::{Buf, BufMut, Bytes, BytesMut};
 use h2::{Reason, RecvStream, SendStream};
 use nix::sys::socket::{setsockopt, sockopt};
-use tokio::net::TcpStream;
+use tokio::{
+    io::AsyncReadExt,
+    net::{
+        TcpStream,
+        tcp::{ReadHalf, WriteHalf},
+    },
+};
 
 use super::Stream;
 
 /// A connection that only chats reads so much at once …
-const SMALL: usize = 16 << 10;
+pub(super) const SMALL: usize = 16 << 10;
+const SMALLEST: usize = 4 << 10;
 /// … and one that fills its buffer soon reads so much.
-const LARGE: usize = 128 << 10;
+pub(super) const LARGE: usize = 64 << 10;
 /// Frames written to the application in one system call.
 const GATHER: usize = 32;
 
@@ -41,12 +49,13 @@ pub enum RelayError {
 }
 
 /// Relays until both directions have ended. A failure of one side resets the other.
-pub async fn tunnel(tcp: TcpStream, stream: Stream, counts: &Counts) -> Result<(), RelayError> {
+pub async fn tunnel(mut tcp: TcpStream, stream: Stream, counts: &Counts) -> Result<(), RelayError> {
     let Stream { mut send, mut recv, _place } = stream;
     unfinished(&tcp);
     let result = {
-        let up = upload(&tcp, &mut send, &counts.sent);
-        let down = download(&tcp, &mut recv, &counts.received);
+        let (read, write) = tcp.split();
+        let up = upload(read, &mut send, &counts.sent);
+        let down = download(write, &mut recv, &counts.received);
         tokio::try_join!(up, down).map(drop)
     };
     match &result {
@@ -58,22 +67,9 @@ pub async fn tunnel(tcp: TcpStream, stream: Stream, counts: &Counts) -> Result<(
     result
 }
 
-/// Relays between two TCP connections on this node.
-pub async fn local(near: TcpStream, far: TcpStream, counts: &Counts) -> Result<(), io::Error> {
-    unfinished(&near);
-    unfinished(&far);
-    let result = tokio::try_join!(copy(&near, &far, &counts.sent), copy(&far, &near, &counts.received)).map(drop);
-    if result.is_ok() {
-        finished(&near);
-        finished(&far);
-    }
-    result
-}
-
 /// TCP to tunnel.
-async fn upload(tcp: &TcpStream, send: &mut SendStream<Bytes>, count: &Cell<u64>) -> Result<(), RelayError> {
+async fn upload(mut tcp: ReadHalf<'_>, send: &mut SendStream<Bytes>, count: &Cell<u64>) -> Result<(), RelayError> {
     let mut size = SMALL;
-    let mut buffer = BytesMut::new();
     loop {
         // The other direction may have ended: then nobody else would notice a reset.
         tokio::select! {
@@ -81,32 +77,39 @@ async fn upload(tcp: &TcpStream, send: &mut SendStream<Bytes>, count: &Cell<u64>
             ready = tcp.readable() => ready.map_err(RelayError::Local)?,
             reset = poll_fn(|cx| send.poll_reset(cx)) => return Err(RelayError::Tunnel(reason(reset))),
         }
+        // An idle stream holds neither a buffer nor a part of the connection's window.
+        let mut buffer = BytesMut::new();
         loop {
             send.reserve_capacity(size);
-            let room = poll_fn(|cx| poll_room(send, cx)).await?;
-            buffer.reserve(room.min(size));
-            let mut limited = (&mut buffer).limit(room.min(size));
-            match tcp.try_read_buf(&mut limited) {
-                Ok(0) => {
-                    return send.send_data(Bytes::new(), true).map_err(RelayError::Tunnel);
-                }
-                Ok(n) => {
+            let room = poll_fn(|cx| poll_room(send, cx)).await?.min(size);
+            buffer.reserve(room);
+            match read_now(&mut tcp, &mut (&mut buffer).limit(room)).await.map_err(RelayError::Local)? {
+                None => break,
+                Some(0) => return send.send_data(Bytes::new(), true).map_err(RelayError::Tunnel),
+                Some(n) => {
                     count.set(count.get() + n as u64);
                     send.send_data(buffer.split().freeze(), false).map_err(RelayError::Tunnel)?;
-                    if n < room.min(size) {
-                        // Nothing is waiting now; keep the chat's buffers small.
-                        size = if n < size / 4 { (size / 2).max(SMALL) } else { size };
+                    if n < room {
+                        // Nothing more is waiting.
+                        size = if n < size / 4 { (size / 2).max(SMALLEST) } else { size };
                         break;
                     }
                     size = (size * 2).min(LARGE);
                 }
-                Err(e) if e.kind() == io::ErrorKind::WouldBlock => break,
-                Err(e) => return Err(RelayError::Local(e)),
             }
         }
-        // An idle stream must not hold on to the connection's window.
         send.reserve_capacity(0);
     }
+}
+
+/// What is there, without waiting: nothing, or how much. Unlike `try_read`, it knows from a read that did not fill the
+/// buffer that the socket is empty, and saves the system call that would only say so.
+async fn read_now(tcp: &mut ReadHalf<'_>, buffer: &mut impl BufMut) -> io::Result<Option<usize>> {
+    poll_fn(|cx| match pin!(tcp.read_buf(buffer)).poll(cx) {
+        Poll::Ready(result) => Poll::Ready(result.map(Some)),
+        Poll::Pending => Poll::Ready(Ok(None)),
+    })
+    .await
 }
 
 /// How much may be sent, at least one byte.
@@ -131,7 +134,7 @@ fn poll_room(send: &mut SendStream<Bytes>, cx: &mut Context<'_>) -> Poll<Result<
 }
 
 /// Tunnel to TCP.
-async fn download(tcp: &TcpStream, recv: &mut RecvStream, count: &Cell<u64>) -> Result<(), RelayError> {
+async fn download(tcp: WriteHalf<'_>, recv: &mut RecvStream, count: &Cell<u64>) -> Result<(), RelayError> {
     let mut chunks = Vec::<Bytes>::with_capacity(4);
     loop {
         let ended = poll_fn(|cx| poll_chunks(recv, &mut chunks, cx)).await.map_err(RelayError::Tunnel)?;
@@ -164,7 +167,7 @@ async fn download(tcp: &TcpStream, recv: &mut RecvStream, count: &Cell<u64>) -> 
         }
         chunks.clear();
         if ended {
-            return shutdown(tcp).map_err(RelayError::Local);
+            return shutdown(tcp.as_ref()).map_err(RelayError::Local);
         }
     }
 }
@@ -191,37 +194,7 @@ fn poll_chunks(recv: &mut RecvStream, chunks: &mut Vec<Bytes>, cx: &mut Context<
     }
 }
 
-/// One direction between two TCP connections.
-async fn copy(from: &TcpStream, to: &TcpStream, count: &Cell<u64>) -> io::Result<()> {
-    let mut buffer = BytesMut::new();
-    let mut size = SMALL;
-    loop {
-        from.readable().await?;
-        buffer.reserve(size);
-        match from.try_read_buf(&mut buffer) {
-            Ok(0) => return shutdown(to),
-            Ok(n) => size = if n >= size { (size * 2).min(LARGE) } else { size },
-            Err(e) if e.kind() == io::ErrorKind::WouldBlock => {
-                // An idle connection holds no buffer.
-                buffer = BytesMut::new();
-                continue;
-            }
-            Err(e) => return Err(e),
-        }
-        while !buffer.is_empty() {
-            match to.try_write(&buffer) {
-                Ok(n) => {
-                    count.set(count.get() + n as u64);
-                    buffer.advance(n);
-                }
-                Err(e) if e.kind() == io::ErrorKind::WouldBlock => to.writable().await?,
-                Err(e) => return Err(e),
-            }
-        }
-    }
-}
-
-fn shutdown(tcp: &TcpStream) -> io::Result<()> {
+pub(super) fn shutdown(tcp: &TcpStream) -> io::Result<()> {
     match nix::sys::socket::shutdown(tcp.as_raw_fd(), nix::sys::socket::Shutdown::Write) {
         // The other side was quicker.
         Ok(()) | Err(nix::Error::ENOTCONN) => Ok(()),
@@ -231,13 +204,13 @@ fn shutdown(tcp: &TcpStream) -> io::Result<()> {
 
 /// From now on its close is RST instead of FIN, whoever closes it: when this process is killed, or a policy cuts the
 /// relay off, nobody is to take what he has for all there was.
-pub fn unfinished(tcp: &TcpStream) {
+pub(crate) fn unfinished(tcp: &TcpStream) {
     // It fails only on a socket that is gone already.
     let _ = tcp.set_zero_linger();
 }
 
 /// All was said in both directions.
-fn finished(tcp: &TcpStream) {
+pub(super) fn finished(tcp: &TcpStream) {
     let _ = setsockopt(tcp, sockopt::Linger, &nix::libc::linger { l_onoff: 0, l_linger: 0 });
 }
 

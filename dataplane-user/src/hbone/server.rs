@@ -35,7 +35,7 @@ use crate::identity::SpiffeId;
 
 /// As Istio's proxy has it.
 const MAX_STREAMS: u32 = 200;
-const SEND_BUFFER: usize = 1 << 20;
+const SEND_BUFFER: usize = 256 << 10;
 /// Streams that a peer may reset before it was answered, in a row, and how many more every second. A client that
 /// gives up is normal, one that does nothing else makes us dial for nothing (CVE-2023-44487).
 const MAX_CANCELLED: u32 = 200;

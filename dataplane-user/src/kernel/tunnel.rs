@@ -132,6 +132,17 @@ impl TunnelMaps {
         Ok(chosen)
     }
 
+    /// The backend at `at`, and the service whose backends all share its services: where a connection that was meant
+    /// for it may go instead. `None`: nowhere.
+    pub fn group_of(&self, at: SocketAddr) -> Result<Option<(Target, u32)>, Error> {
+        let key = Endpoint::new(address::addr(at.ip()), at.port().to_be(), PROTO_TCP);
+        let Some(id) = self.0.backend_index.get::<_, u32>(&key)? else { return Ok(None) };
+        let Some(backend) = self.0.backends.get(id).filter(|backend| backend.at == key && backend.group != 0) else {
+            return Ok(None);
+        };
+        Ok(Some((Target { backend: id, generation: backend.generation, at }, backend.group)))
+    }
+
     /// A backend of the service refused, or did not answer: nobody else is to run into it. As in the kernel, a
     /// client's word makes no more than a share of a service suspect.
     pub fn failed(&self, netns_cookie: u64, service: u32, target: &Target) -> Result<(), Error> {

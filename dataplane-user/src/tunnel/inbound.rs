@@ -14,6 +14,7 @@ use super::{
 use crate::{
     hbone::{
         headers::Authority,
+        local,
         relay::{self, Counts as Bytes},
         server::{self, Answer, Refusal},
     },
@@ -77,7 +78,7 @@ pub async fn plaintext(
         Ok(application) => {
             worker.counts().one(Count::InboundPlain);
             let bytes = Bytes::default();
-            let relayed = relay::local(socket, application, &bytes);
+            let relayed = local::relay(socket, application, &bytes);
             inbound.until_revoked(&workload, None, here, relayed).await;
             inbound.count(&bytes);
         }
@@ -88,6 +89,9 @@ pub async fn plaintext(
         }
     }
 }
+
+/// Backends that a stream for a dead application is tried on.
+const BOUNCES: usize = 8;
 
 /// One stream, or one connection of plaintext, into a pod.
 struct Inbound {
@@ -126,9 +130,8 @@ impl Inbound {
             match sockets::connect_within(&self.worker.shared, &self.pod, to, Some(client), DIAL_WITHIN).await {
                 Ok(application) => application,
                 Err(error) => {
-                    counts.one(Count::InboundFailed);
                     debug!(pod = %self.pod.name, %to, %error, "the application could not be reached");
-                    return answer.refuse(Refusal::Unavailable);
+                    return self.bounce(&request, answer, to, client).await;
                 }
             };
         let stream = match answer.accept(Some(&about(&workload))) {
@@ -141,6 +144,44 @@ impl Inbound {
         let relayed = relay::tunnel(application, stream, &bytes);
         self.until_revoked(&workload, Some(&request.client), to, relayed).await;
         self.count(&bytes);
+    }
+
+    /// The application is gone while its pod's network lives: another backend of the same services takes the stream, if
+    /// one runs here. Only for peers that would not try another one themselves. What was proved of the client holds
+    /// there too, because this node saw the proof; to another node it could not be passed on. And as it goes to an
+    /// application, not to an agent, it goes no further.
+    async fn bounce(&self, request: &server::Request, answer: Answer, to: SocketAddr, client: SocketAddr) {
+        let shared = &self.worker.shared;
+        let refused = |answer: Answer| {
+            shared.counts.one(Count::InboundFailed);
+            answer.refuse(Refusal::Unavailable);
+        };
+        let group = match shared.maps.group_of(to) {
+            Ok(Some(group)) if !request.metadata.tries_elsewhere => group,
+            _ => return refused(answer),
+        };
+        let (dead, service) = group;
+        let mut tried = vec![dead.backend];
+        for _ in 0..BOUNCES {
+            let Ok(Some(other)) = shared.maps.pick(service, &tried, &mut || self.worker.random()) else { break };
+            tried.push(other.backend);
+            let Some(workload) = shared.view.at(&other.at.ip()) else { continue };
+            let Some(pod) = shared.pod(workload.pod) else { continue };
+            let there = Inbound { worker: self.worker.clone(), pod: pod.clone(), peer: self.peer, here: self.here };
+            if !there.admitted(&workload, Some(&request.client), other.at) {
+                continue;
+            }
+            let dialled = sockets::connect_within(shared, &pod, other.at, Some(client), DIAL_WITHIN).await;
+            let Ok(application) = dialled else { continue };
+            let Ok(stream) = answer.accept(Some(&about(&workload))) else { return };
+            shared.counts.one(Count::InboundBounced);
+            debug!(pod = %self.pod.name, to = %workload.name, "a stream for a dead application was taken by another");
+            let bytes = Bytes::default();
+            let relayed = relay::tunnel(application, stream, &bytes);
+            there.until_revoked(&workload, Some(&request.client), other.at, relayed).await;
+            return there.count(&bytes);
+        }
+        refused(answer);
     }
 
     /// What the policies say, told and counted.
@@ -186,16 +227,9 @@ impl Inbound {
         to: SocketAddr,
         relayed: impl Future<Output = Result<(), E>>,
     ) {
-        let mut changes = self.worker.shared.policies.subscribe();
-        let revoked = async {
-            while changes.changed().await.is_ok() {
-                let Some(selected_by) = &workload.selected_by else { continue };
-                if !self.worker.shared.policies.of(selected_by).decide(&self.request(client, to)).allow {
-                    return;
-                }
-            }
-            std::future::pending().await
-        };
+        let _carrying = self.worker.shared.carrying();
+        let request = self.request(client, to);
+        let revoked = self.worker.shared.revoked(workload.selected_by.as_deref(), &request);
         tokio::select! {
             ended = relayed => if let Err(error) = ended {
                 debug!(pod = %self.pod.name, peer = %self.peer, %error, "a connection was cut");

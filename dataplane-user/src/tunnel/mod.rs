@@ -17,7 +17,7 @@ use std::{
     path::PathBuf,
     sync::{
         Arc, PoisonError, RwLock,
-        atomic::{AtomicBool, Ordering::Relaxed},
+        atomic::{AtomicBool, AtomicU64, Ordering::Relaxed},
     },
 };
 
@@ -47,6 +47,8 @@ pub struct Shared {
     /// Every source of policies has told all it has once: before that nothing is let in.
     policies_known: Arc<AtomicBool>,
     pub counts: Counts,
+    /// Connections and streams that are carried now.
+    active: AtomicU64,
     /// Connections between two pods of this node go through TLS too.
     pub local_tls: bool,
     pods: RwLock<HashMap<PodId, Arc<LocalPod>>>,
@@ -61,8 +63,19 @@ impl Shared {
         policies_known: Arc<AtomicBool>,
         local_tls: bool,
     ) -> Self {
-        let (counts, pods) = Default::default();
-        Self { maps, view, store, policies, policies_known, counts, local_tls, pods }
+        let (counts, active, pods) = Default::default();
+        Self { maps, view, store, policies, policies_known, counts, active, local_tls, pods }
+    }
+
+    /// Connections and streams that are carried now.
+    pub fn active(&self) -> u64 {
+        self.active.load(Relaxed)
+    }
+
+    /// One more, until it is dropped.
+    fn carrying(self: &Arc<Self>) -> Carrying {
+        self.active.fetch_add(1, Relaxed);
+        Carrying(self.clone())
     }
 
     pub fn policies_are_known(&self) {
@@ -76,6 +89,29 @@ impl Shared {
 
     fn pod(&self, pod: PodId) -> Option<Arc<LocalPod>> {
         self.pods.read().unwrap_or_else(PoisonError::into_inner).get(&pod).cloned()
+    }
+}
+
+impl Shared {
+    /// Ends when the policies forbid what they had allowed; never without policies.
+    async fn revoked(&self, workload: Option<&policy::Workload>, request: &policy::Request<'_>) {
+        let Some(workload) = workload else { return std::future::pending().await };
+        let mut changes = self.policies.subscribe();
+        // What changed between the answer and now counts too.
+        while self.policies.of(workload).decide(request).allow {
+            if changes.changed().await.is_err() {
+                return std::future::pending().await;
+            }
+        }
+    }
+}
+
+/// Counts while it lives.
+struct Carrying(Arc<Shared>);
+
+impl Drop for Carrying {
+    fn drop(&mut self) {
+        self.0.active.fetch_sub(1, Relaxed);
     }
 }
 
@@ -169,6 +205,12 @@ impl Tunnel {
                 drains
             });
         }
+    }
+
+    /// The agent is about to stop: every pod's peers are told.
+    pub fn drain_all(&self) {
+        let pods: Vec<_> = self.shared.pods.read().unwrap_or_else(PoisonError::into_inner).keys().copied().collect();
+        pods.into_iter().for_each(|pod| self.drain(pod));
     }
 
     /// The pod is the agent's business no more. Its connections end when their ends do.

@@ -15,6 +15,7 @@ use crate::{
         Stream,
         client::{Connect, ConnectError},
         headers::{Authority, Baggage, Forwarded, Metadata},
+        local,
         pool::Key,
         relay::{self, Counts as Bytes},
     },
@@ -35,7 +36,8 @@ const CONNECT_WITHIN: Duration = Duration::from_secs(10);
 /// The far side of a connection that can begin.
 enum Leg {
     Tunnel(Stream),
-    Local(TcpStream),
+    /// With whom the policies are asked about again when they change.
+    Local(TcpStream, Arc<Workload>, SocketAddr),
     Plain(TcpStream),
 }
 
@@ -203,6 +205,7 @@ impl Outbound<'_> {
             baggage: Some(about(self.source)),
             forwarded: Some(Forwarded::new(self.client, None)),
             traceparent: None,
+            tries_elsewhere: true,
         };
         let connect = Connect { patience, within: CONNECT_WITHIN, ..Connect::new(Authority::Address(at), metadata) };
         let dial = || {
@@ -216,19 +219,13 @@ impl Outbound<'_> {
     async fn local(
         &self,
         pod: &LocalPod,
-        destination: &Workload,
+        destination: &Arc<Workload>,
         at: SocketAddr,
         patience: Duration,
     ) -> Result<Leg, Failure> {
         let shared = &self.worker.shared;
         if let Some(workload) = &destination.selected_by {
-            let request = Request {
-                source_ip: self.client.ip(),
-                source: Some(&self.source.identity),
-                destination_ip: at.ip(),
-                destination_port: at.port(),
-            };
-            match shared.admit(workload, &request) {
+            match shared.admit(workload, &self.request(at)) {
                 Some(decision) if decision.allow => {}
                 Some(decision) => {
                     shared.counts.one(Count::InboundDenied);
@@ -239,24 +236,44 @@ impl Outbound<'_> {
         }
         sockets::connect_within(shared, pod, at, Some(self.client), patience)
             .await
-            .map(Leg::Local)
+            .map(|far| Leg::Local(far, destination.clone(), at))
             .map_err(|error| Failure::Dial { at, error })
     }
 
+    /// To a pod here, as its policies see it.
+    fn request(&self, at: SocketAddr) -> Request<'_> {
+        Request {
+            source_ip: self.client.ip(),
+            source: Some(&self.source.identity),
+            destination_ip: at.ip(),
+            destination_port: at.port(),
+        }
+    }
+
     async fn relay(&self, socket: TcpStream, leg: Leg) {
+        let _carrying = self.worker.shared.carrying();
         let bytes = Bytes::default();
         let (count, ended) = match leg {
             Leg::Tunnel(stream) => {
                 self.worker.counts().one(Count::OutboundTunnelled);
                 (Count::OutboundTunnelled, relay::tunnel(socket, stream, &bytes).await.map_err(|e| e.to_string()))
             }
-            Leg::Local(far) => {
+            Leg::Local(far, destination, at) => {
                 self.worker.counts().one(Count::OutboundLocal);
-                (Count::OutboundLocal, relay::local(socket, far, &bytes).await.map_err(|e| e.to_string()))
+                let request = self.request(at);
+                let revoked = self.worker.shared.revoked(destination.selected_by.as_deref(), &request);
+                let ended = tokio::select! {
+                    ended = local::relay(socket, far, &bytes) => ended.map_err(|error| error.to_string()),
+                    () = revoked => {
+                        self.worker.counts().one(Count::Revoked);
+                        Err("the policies forbid it now".into())
+                    }
+                };
+                (Count::OutboundLocal, ended)
             }
             Leg::Plain(far) => {
                 self.worker.counts().one(Count::OutboundPlain);
-                (Count::OutboundPlain, relay::local(socket, far, &bytes).await.map_err(|e| e.to_string()))
+                (Count::OutboundPlain, local::relay(socket, far, &bytes).await.map_err(|e| e.to_string()))
             }
         };
         self.worker.counts().add(Count::BytesSent, bytes.sent.get());

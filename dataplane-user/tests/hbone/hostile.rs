@@ -63,7 +63,10 @@ impl Target {
     }
 }
 
-fn wrong_leaves(id: &SpiffeId) -> Vec<(&'static str, Leaf, fn(&TlsError) -> bool)> {
+/// What is wrong, the certificate, and whether an error says so.
+type Case = (&'static str, Leaf, fn(&TlsError) -> bool);
+
+fn wrong_leaves(id: &SpiffeId) -> Vec<Case> {
     let good = Leaf::of(id);
     let named = |names: &[&str]| Leaf { names: names.iter().map(ToString::to_string).collect(), ..good.clone() };
     let mut none = good.clone();
@@ -475,4 +478,51 @@ fn garbage_is_cut_off_at_each_layer() {
         }
         target.serves().await;
     });
+}
+
+#[test]
+fn a_thousand_idle_connections_cost_little_and_go_after_a_while() {
+    idle(1_000);
+}
+
+/// Both ends are in this process: two descriptors each.
+#[test]
+#[ignore = "ten thousand handshakes; needs 20,500 descriptors"]
+fn ten_thousand_idle_connections_cost_little_and_go_after_a_while() {
+    idle(10_000);
+}
+
+fn idle(connections: usize) {
+    worker(async move {
+        let timeouts = Timeouts {
+            idle: Duration::from_secs(5),
+            linger: Duration::from_secs(1),
+            handshake: Duration::from_secs(30),
+            ..Timeouts::default()
+        };
+        let target = Target::new(timeouts).await;
+        let before = resident();
+        let mut held = Vec::new();
+        for _ in 0..connections {
+            held.push(target.h2().await);
+        }
+        let each = (resident() - before) / connections;
+        println!("{connections} idle connections: {} KiB each, both ends", each >> 10);
+        assert!(each < 100 << 10, "{each} bytes for an idle connection, both ends");
+        target.serves().await;
+        let ended = &target.server.ended;
+        let deadline = Instant::now() + Duration::from_secs(40);
+        while ended.borrow().len() < connections && Instant::now() < deadline {
+            sleep(Duration::from_millis(50)).await;
+        }
+        // They read nothing, so they have not even seen GOAWAY.
+        assert!(ended.borrow().len() >= connections, "only {} of them were closed", ended.borrow().len());
+        target.serves().await;
+    });
+}
+
+/// Bytes of memory in use.
+fn resident() -> usize {
+    let status = std::fs::read_to_string("/proc/self/statm").unwrap();
+    status.split(' ').nth(1).unwrap().parse::<usize>().unwrap() * 4096
 }

@@ -15,10 +15,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use dataplane_user::hbone::{
-    Timeouts,
-    relay::{self, Counts},
-};
+use dataplane_user::hbone::{Timeouts, local, memory, relay::Counts};
 use nix::sys::{
     resource::{UsageWho, getrusage},
     time::TimeVal,
@@ -35,6 +32,7 @@ fn length() -> Duration {
 #[test]
 #[ignore = "a benchmark, for an idle machine and a release build"]
 fn speed() {
+    memory::keep_what_is_freed();
     let (sink, echo) = (listen(swallow), listen(send_back));
     let tunnel = Tunnel::start();
     let (tunnelled_sink, tunnelled_echo) = (tunnel.to(sink), tunnel.to(echo));
@@ -82,7 +80,7 @@ impl Tunnel {
         let ca = Arc::new(Ca::new(DOMAIN));
         let (ready, address) = mpsc::channel();
         let server_ca = ca.clone();
-        thread::spawn(move || {
+        named("tunnel-server", move || {
             on_worker(async move {
                 let server = Server::start(&server_ca.context(&id("web")), Timeouts::default()).await;
                 ready.send(server.address).unwrap();
@@ -91,7 +89,7 @@ impl Tunnel {
         });
         let server = address.recv().unwrap();
         let (ask, mut asked) = tokio::sync::mpsc::unbounded_channel::<(SocketAddr, mpsc::Sender<SocketAddr>)>();
-        thread::spawn(move || {
+        named("tunnel-client", move || {
             on_worker(async move {
                 let context = ca.context(&id("shopper"));
                 let client = Rc::new(Client::new(context, &[id("web")], Timeouts::default()));
@@ -113,19 +111,24 @@ impl Tunnel {
 /// A worker that copies between two plain connections.
 fn copier(to: SocketAddr) -> SocketAddr {
     let (ready, address) = mpsc::channel();
-    thread::spawn(move || {
+    named("copier", move || {
         on_worker(async move {
             let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
             ready.send(listener.local_addr().unwrap()).unwrap();
             while let Ok((near, _)) = listener.accept().await {
                 tokio::task::spawn_local(async move {
                     let far = tokio::net::TcpStream::connect(to).await.unwrap();
-                    let _ = relay::local(near, far, &Counts::default()).await;
+                    let _ = local::relay(near, far, &Counts::default()).await;
                 });
             }
         });
     });
     address.recv().unwrap()
+}
+
+/// So that a profile tells them apart.
+fn named(name: &str, work: impl FnOnce() + Send + 'static) {
+    thread::Builder::new().name(name.to_owned()).spawn(work).unwrap();
 }
 
 fn on_worker<F: Future>(work: F) -> F::Output {

@@ -6,6 +6,8 @@ use dataplane_user::hbone::{
     Timeouts,
     client::{Connect, ConnectError},
     headers::{Authority, Baggage, Forwarded, Metadata},
+    local,
+    relay::Counts,
     server::{Phase, Refusal},
 };
 use tokio::{
@@ -293,6 +295,43 @@ fn an_unused_connection_is_closed_by_either_side() {
     });
 }
 
+#[test]
+fn on_one_node_bytes_few_or_many_come_back_whole_and_ends_and_resets_are_told_apart() {
+    worker(async {
+        let to = echo().await;
+        let entry = application(move |near| async move {
+            let far = TcpStream::connect(to).await?;
+            local::relay(near, far, &Counts::default()).await
+        })
+        .await;
+        for length in [0, 1, 100_000, 30_000_000u32] {
+            let sent: Vec<u8> = (0..length).map(|i| (i ^ (i >> 8)) as u8).collect();
+            let (mut read, mut write) = TcpStream::connect(entry).await.unwrap().into_split();
+            let mut got = Vec::new();
+            let send = async {
+                write.write_all(&sent).await?;
+                write.shutdown().await
+            };
+            tokio::try_join!(send, read.read_to_end(&mut got)).unwrap();
+            assert!(got == sent, "{} of {length} bytes came back", got.len());
+        }
+        let to = application(|mut tcp| async move {
+            tcp.read_exact(&mut vec![0; 3 << 20]).await?;
+            tcp.set_zero_linger()
+        })
+        .await;
+        let entry = application(move |near| async move {
+            let far = TcpStream::connect(to).await?;
+            local::relay(near, far, &Counts::default()).await
+        })
+        .await;
+        let mut tcp = TcpStream::connect(entry).await.unwrap();
+        tcp.write_all(&vec![0; 3 << 20]).await.unwrap();
+        let error = tcp.read(&mut [0]).await.expect_err("a reset became an orderly end");
+        assert_eq!(error.kind(), std::io::ErrorKind::ConnectionReset);
+    });
+}
+
 /// A forwarder of TCP bytes that stops forwarding, without closing anything, while `cut` is set.
 async fn wire(to: std::net::SocketAddr, cut: Rc<Cell<bool>>) -> std::net::SocketAddr {
     application(move |tcp| {
@@ -320,4 +359,26 @@ async fn wire(to: std::net::SocketAddr, cut: Rc<Cell<bool>>) -> std::net::Socket
         }
     })
     .await
+}
+
+#[test]
+fn a_peer_that_does_not_even_take_the_connection_is_given_up_as_fast_and_the_dial_goes_on() {
+    worker(async {
+        let world = World::new(Timeouts::default()).await;
+        let to = echo().await;
+        let key = world.client.key(world.server.address);
+        let connect = Connect::new(Authority::Address(to), Metadata::default());
+        let server = world.server.address;
+        let dial = move || async move {
+            sleep(Duration::from_millis(600)).await;
+            TcpStream::connect(server).await
+        };
+        let begun = Instant::now();
+        let error = world.client.pool.connect(&key, &world.client.context, &connect, dial).await.err().unwrap();
+        assert!(matches!(error, ConnectError::Silent { .. }), "{error}");
+        assert!(begun.elapsed() < Duration::from_millis(300), "it took {:?}", begun.elapsed());
+        until("the dial ends well", || world.client.pool.size().connections == 1).await;
+        let never = || async { Err(std::io::ErrorKind::Unsupported.into()) };
+        world.client.pool.connect(&key, &world.client.context, &connect, never).await.unwrap();
+    });
 }

@@ -24,7 +24,8 @@ use dataplane_user::{
     identity::{Credential, SpiffeId, TrustBundle},
 };
 use rcgen::{
-    BasicConstraints, CertificateParams, ExtendedKeyUsagePurpose, IsCa, Issuer, KeyPair, KeyUsagePurpose, SanType,
+    BasicConstraints, CertificateParams, DistinguishedName, DnType, ExtendedKeyUsagePurpose, IsCa, Issuer, KeyPair,
+    KeyUsagePurpose, SanType,
 };
 use rustls::{RootCertStore, sign::CertifiedKey};
 use rustls_pki_types::{PrivateKeyDer, PrivatePkcs8KeyDer};
@@ -40,7 +41,7 @@ pub const DOMAIN: &str = "cluster.local";
 pub fn worker<F: Future>(test: F) -> F::Output {
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
     LocalSet::new().block_on(&runtime, async {
-        tokio::time::timeout(Duration::from_secs(60), test).await.expect("the test takes longer than a minute")
+        tokio::time::timeout(Duration::from_secs(120), test).await.expect("the test takes longer than two minutes")
     })
 }
 
@@ -70,6 +71,7 @@ impl Leaf {
 impl Ca {
     pub fn new(trust_domain: &str) -> Self {
         let mut params = CertificateParams::default();
+        params.distinguished_name.push(DnType::CommonName, "root");
         params.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);
         params.key_usages = vec![KeyUsagePurpose::KeyCertSign];
         let key = KeyPair::generate().unwrap();
@@ -110,6 +112,8 @@ impl Ca {
 
     fn certificate(&self, leaf: &Leaf) -> (rcgen::Certificate, KeyPair, SystemTime, SystemTime) {
         let mut params = CertificateParams::default();
+        // As Istio's: no subject, so the name that counts is critical (RFC 5280 section 4.2.1.6).
+        params.distinguished_name = DistinguishedName::new();
         params.subject_alt_names = leaf.names.iter().map(|n| SanType::URI(n.as_str().try_into().unwrap())).collect();
         let now = SystemTime::now();
         let at = |s: i64| match u64::try_from(s) {

@@ -70,11 +70,13 @@ pub struct ControlSpec {
     pub controllers: bool,
     /// `--controllers` of the controller manager
     pub which_controllers: String,
+    /// How much nicer than its starter etcd and the API server are: in a cluster they have another machine
+    pub nicer: u8,
 }
 
 impl Default for ControlSpec {
     fn default() -> Self {
-        Self { controllers: true, which_controllers: "*".into() }
+        Self { controllers: true, which_controllers: "*".into(), nicer: 0 }
     }
 }
 
@@ -94,9 +96,14 @@ pub struct ControlPlane {
 impl ControlPlane {
     /// etcd and the API server alone, on free ports of the loopback of this machine.
     pub fn api_only() -> Result<Self> {
+        Self::api_only_with(ControlSpec::default())
+    }
+
+    /// The same; whatever else of `spec`.
+    pub fn api_only_with(spec: ControlSpec) -> Result<Self> {
         let site = Site::new()?;
         let host = Netns { name: "host".into(), path: "/proc/self/ns/net".into() };
-        let spec = ControlSpec { controllers: false, ..ControlSpec::default() };
+        let spec = ControlSpec { controllers: false, ..spec };
         let (port, etcd_port) = (free_port()?, free_port()?);
         Self::start(site, host, Ipv4Addr::LOCALHOST.into(), [port, etcd_port], spec)
     }
@@ -164,7 +171,9 @@ impl ControlPlane {
 
     fn component(&self, name: &str, component: &str, args: &[&str]) -> Result<Process> {
         let program = self.site.kubernetes.to_string_lossy().into_owned();
-        let args = [program, component.to_owned()].into_iter().chain(args.iter().map(|arg| (*arg).to_owned()));
+        let nice =
+            ["nice".to_owned(), "-n".into(), self.spec.nicer.to_string()].into_iter().filter(|_| self.spec.nicer > 0);
+        let args = nice.chain([program, component.to_owned()]).chain(args.iter().map(|arg| (*arg).to_owned()));
         self.site.start(name, &self.netns, args.collect())
     }
 

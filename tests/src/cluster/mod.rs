@@ -153,15 +153,6 @@ impl Cluster {
         Ok(std::fs::remove_file(tar)?)
     }
 
-    pub fn rollout(&self, what: &str) -> Result<()> {
-        self.kubectl(&["rollout", "restart", what])?;
-        self.wait_rollout(what)
-    }
-
-    pub fn wait_rollout(&self, what: &str) -> Result<()> {
-        self.kubectl(&["rollout", "status", what, "--timeout=120s"]).map(drop)
-    }
-
     fn wait_nodes(&self) -> Result<()> {
         let deadline = Instant::now() + Duration::from_secs(90);
         loop {

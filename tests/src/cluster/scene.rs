@@ -127,8 +127,9 @@ impl Scene {
         Ok(())
     }
 
+    /// With patience: the controllers come back up to a minute after an API server that was away for long.
     pub fn wait_rollout(&self, what: &str) -> Result<()> {
-        self.kubectl(&["rollout", "status", what, "--timeout=60s"]).map(drop)
+        self.kubectl(&["rollout", "status", what, "--timeout=180s"]).map(drop)
     }
 
     /// Rolls under load, which began before and ends after.

@@ -191,7 +191,7 @@ impl Scene {
 
     /// Gives nginx more than its memory limit allows to keep in mind. Returns when its connection breaks over that.
     pub fn overfeed(&self, server: &Server) -> Result<()> {
-        const MORSEL: [u8; 1 << 20] = [b'x'; 1 << 20];
+        static MORSEL: [u8; 1 << 20] = [b'x'; 1 << 20];
         let feed = |morsels: usize| {
             let mut stream = TcpStream::connect((server.address, 8080))?;
             stream.set_write_timeout(Some(PATIENCE))?;

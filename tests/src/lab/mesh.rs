@@ -34,7 +34,7 @@ impl Mesh {
     /// Further arguments of `hitless run`.
     pub fn args(&self) -> Vec<String> {
         let text = |path: &Path| path.to_string_lossy().into_owned();
-        let identity = format!("ca:{}", text(&self.directory.path().join("ca")));
+        let identity = format!("ca:{}", text(&self.ca()));
         let args = ["--mtls", "on", "--trust-domain", TRUST_DOMAIN, "--identity", &identity, "--policies"];
         args.map(str::to_owned).into_iter().chain([text(&self.policies())]).collect()
     }
@@ -45,6 +45,11 @@ impl Mesh {
         fs::write(&partial, yaml)?;
         fs::rename(partial, self.policies())?;
         Ok(())
+    }
+
+    /// The authority's directory.
+    pub fn ca(&self) -> PathBuf {
+        self.directory.path().join("ca")
     }
 
     fn policies(&self) -> PathBuf {

@@ -13,6 +13,8 @@ use crate::identity::{
 
 type Answer = dyn Fn(&SpiffeId) -> Result<Issued, IssueError> + Send + Sync;
 
+type Spoiled<'a> = Box<dyn Fn() -> Issued + 'a>;
+
 /// Answers as a test wants, after a while.
 struct Scripted {
     answer: Box<Answer>,
@@ -125,7 +127,7 @@ fn what_peers_would_refuse_is_refused_and_the_last_good_one_stays() {
 
     let days = |n: i64| if n < 0 { now - Duration::from_secs(86_400) } else { seconds_from(now, 86_400 * n as u64) };
     let stranger = Root::new("root");
-    let spoiled: Vec<(Box<dyn Fn() -> Issued>, &str)> = vec![
+    let spoiled: Vec<(Spoiled<'_>, &str)> = vec![
         (Box::new(|| root.issued(Leaf::new(&web).times(days(-1), now - Duration::from_secs(9)))), "it expired"),
         (Box::new(|| root.issued(Leaf::new(&web).times(days(1), days(2)))), "valid only in"),
         (Box::new(|| root.issued(Leaf::new(&id("other")))), "is for \"spiffe://cluster.local/ns/shop/sa/other\""),
