@@ -21,7 +21,8 @@ use hitless_tests::{
     workload::storm::Outcome,
 };
 
-const ROLLOUTS: usize = 3;
+/// Set: 20 rollouts and 100,000 connections instead of 3 and what comes of them.
+const LONG: &str = "HITLESS_TUNNEL_LONG";
 const PODS: usize = 3;
 /// Of a storm: so many connections are under way at once.
 const THREADS: usize = 4;
@@ -67,13 +68,14 @@ fn tell(scene: &Scene, what: &str, outcome: &Outcome) -> Result<()> {
     Ok(())
 }
 
-/// Every pod is replaced three times at full speed, the control plane 5 s late.
+/// Every pod is replaced again and again at full speed, the control plane 5 s late.
 fn a_rolling_update_loses_nothing(family: Family) -> Result<()> {
+    let (rollouts, connections) = if std::env::var_os(LONG).is_some() { (20, 100_000) } else { (3, 0) };
     let (mut scene, _mesh) = mesh(&[])?;
     let mut webs: VecDeque<Web> = (0..PODS).map(|i| scene.add_web(1 + i % 2)).collect::<Result<_>>()?;
     let storm = Storm::start(&scene.client, scene.vip(family), THREADS)?;
     let mut late = Vec::new();
-    for turn in 0..ROLLOUTS * PODS {
+    for turn in 0..rollouts * PODS {
         webs.push_back(scene.add_web(1 + turn % 2)?);
         let old = webs.pop_front().expect("never empty");
         scene.control.terminating(&old.pod.name)?;
@@ -90,6 +92,9 @@ fn a_rolling_update_loses_nothing(family: Family) -> Result<()> {
     }
     for late in late {
         late.join().expect("no panic")?;
+    }
+    while tunnel(&scene, "outbound_tunnelled")? + tunnel(&scene, "outbound_local")? < connections {
+        thread::sleep(Duration::from_millis(100));
     }
     let outcome = storm.end()?;
     tell(&scene, &format!("rolling update, {family:?}"), &outcome)?;

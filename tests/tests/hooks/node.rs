@@ -81,6 +81,7 @@ impl Node {
                 affinity: 256,
                 suspects: 256,
                 rebinds: 256,
+                mesh: 64,
                 events_bytes: 1 << 16,
             },
             ..Config::default()
