@@ -287,11 +287,8 @@ pub async fn policies_known(core: &SharedCore) {
 
 /// Opens listeners as they are wanted, follows the policies and the node's addresses.
 pub async fn tend(core: SharedCore) -> std::io::Result<()> {
-    let (wanted, mut policies) = {
-        let core = core.borrow();
-        let Some(mesh) = &core.mesh.0 else { return std::future::pending().await };
-        (mesh.wanted.clone(), mesh.policies.subscribe())
-    };
+    let parts = core.borrow().mesh.0.as_ref().map(|mesh| (mesh.wanted.clone(), mesh.policies.subscribe()));
+    let Some((wanted, mut policies)) = parts else { return Ok(()) };
     let mut again = tokio::time::interval(AGAIN);
     let mut failing: HashMap<PodId, String> = HashMap::new();
     loop {

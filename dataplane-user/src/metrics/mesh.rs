@@ -73,10 +73,13 @@ fn tunnel(out: &mut Exposition, shared: &Shared) {
     out.one("hitless_tunnel_pool_streams", Kind::Gauge, "Streams that run on them.", streams as f64);
 }
 
+/// One of a tally's numbers.
+type Number = fn(&Tally) -> &AtomicU64;
+
 /// By the names and labels that Istio's dashboards expect.
 fn traffic(out: &mut Exposition, traffic: &Traffic) {
     let all: Vec<_> = traffic.all().into_iter().map(|(series, tally)| (labels(&series), tally)).collect();
-    let families: [(&str, &str, fn(&Tally) -> &AtomicU64); 5] = [
+    let families: [(&str, &str, Number); 5] = [
         ("istio_tcp_connections_opened_total", "Connections that were opened.", |tally| &tally.opened),
         ("istio_tcp_connections_closed_total", "Connections that were closed.", |tally| &tally.closed),
         ("istio_tcp_connections_failed_total", "Connections that could not be opened.", |tally| &tally.failed),

@@ -105,6 +105,7 @@ fn the_client_sends_windows_and_limits_as_istios_and_a_connect_with_its_headers(
             baggage: "k8s.namespace.name=shop,service.name=cart".parse::<Baggage>().ok(),
             forwarded: Some(Forwarded::new("10.0.0.9:4711".parse().unwrap(), Some("web.shop.svc"))),
             traceparent: None,
+            tries_elsewhere: false,
         };
         let opening = spawn_local(async move {
             let connect = Connect::new(Authority::Address("[fd00::1]:80".parse().unwrap()), metadata);

@@ -137,6 +137,7 @@ fn both_sides_learn_who_the_other_is_and_what_it_says() {
             baggage: Some(Baggage { service: Some("cart".into()), ..Baggage::default() }),
             forwarded: Some(Forwarded::new("10.0.0.9:4711".parse().unwrap(), Some("web.shop.svc.cluster.local"))),
             traceparent: "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01".parse().ok(),
+            tries_elsewhere: true,
         };
         let to = Authority::Host("web.shop.svc.cluster.local".into(), 80);
         let tunnel = client.connect(server.address, &Connect::new(to.clone(), metadata.clone())).await.unwrap();

@@ -27,7 +27,7 @@ use rcgen::{
     BasicConstraints, CertificateParams, DistinguishedName, DnType, ExtendedKeyUsagePurpose, IsCa, Issuer, KeyPair,
     KeyUsagePurpose, SanType,
 };
-use rustls::{RootCertStore, sign::CertifiedKey};
+use rustls::sign::CertifiedKey;
 use rustls_pki_types::{PrivateKeyDer, PrivatePkcs8KeyDer};
 use tokio::{
     net::{TcpListener, TcpStream},
@@ -76,9 +76,7 @@ impl Ca {
         params.key_usages = vec![KeyUsagePurpose::KeyCertSign];
         let key = KeyPair::generate().unwrap();
         let cert = params.self_signed(&key).unwrap();
-        let mut roots = RootCertStore::empty();
-        roots.add(cert.der().clone()).unwrap();
-        let trust = Arc::new(TrustBundle { trust_domain: trust_domain.into(), roots: Arc::new(roots) });
+        let trust = Arc::new(TrustBundle::new(trust_domain, vec![cert.der().clone()]).unwrap());
         Self { issuer: Issuer::new(params, key), root: cert, trust }
     }
 
