@@ -2,11 +2,17 @@
 //!
 //! `fuzz/` has an entry point per target; `tests/fuzz.rs` feeds the kept corpora to the same functions in every test run.
 
-use std::{collections::BTreeMap, net::IpAddr};
+use std::{
+    collections::BTreeMap,
+    fmt::{Debug, Display},
+    net::IpAddr,
+    str::FromStr,
+};
 
 use serde_json::Value;
 
 use crate::{
+    hbone::headers::{Authority, Baggage, Forwarded, TraceParent},
     identity::SpiffeId,
     policy::{
         Action, Authorization, Origin, Policies, ROOT_NAMESPACE, Request, Scope, Workload,
@@ -19,7 +25,43 @@ use crate::{
 pub type Target = (&'static str, fn(&[u8]));
 
 /// All targets. A new one needs its function here, an entry point and a `[[bin]]` in `fuzz/`, and a corpus.
-pub const TARGETS: &[Target] = &[("policy_file", policy_file), ("policy_object", policy_object)];
+pub const TARGETS: &[Target] = &[
+    ("authority", authority),
+    ("baggage", baggage),
+    ("forwarded", forwarded),
+    ("policy_file", policy_file),
+    ("policy_object", policy_object),
+    ("traceparent", traceparent),
+];
+
+/// Where a CONNECT wants to go.
+pub fn authority(bytes: &[u8]) {
+    header::<Authority>(bytes);
+}
+
+/// What a peer says about its workload.
+pub fn baggage(bytes: &[u8]) {
+    header::<Baggage>(bytes);
+}
+
+/// Who asked the peer.
+pub fn forwarded(bytes: &[u8]) {
+    header::<Forwarded>(bytes);
+}
+
+pub fn traceparent(bytes: &[u8]) {
+    header::<TraceParent>(bytes);
+}
+
+/// What was read is read again when it is written, and is the same then.
+fn header<T: FromStr + Display + PartialEq + Debug>(bytes: &[u8]) {
+    let Ok(Ok(read)) = std::str::from_utf8(bytes).map(T::from_str) else { return };
+    let written = read.to_string();
+    // A header that says nothing is not sent.
+    if !written.is_empty() {
+        assert_eq!(T::from_str(&written).ok(), Some(read), "{written:?}");
+    }
+}
 
 /// A file of policies: YAML or JSON.
 pub fn policy_file(bytes: &[u8]) {

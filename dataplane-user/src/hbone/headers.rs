@@ -122,9 +122,11 @@ impl FromStr for Baggage {
                 "cloud.availability_zone" => &mut baggage.zone,
                 _ => {
                     let kind = key.strip_prefix("k8s.").and_then(|k| k.strip_suffix(".name"));
-                    if let (Some(kind), None) = (kind.filter(|k| WORKLOAD_TYPES.contains(k)), &baggage.workload_type) {
+                    if let (Some(kind), None) = (kind.filter(|k| WORKLOAD_TYPES.contains(k)), &baggage.workload_type)
+                        && let Some(workload) = decoded(value)
+                    {
                         baggage.workload_type = Some(kind.into());
-                        baggage.workload = decoded(value);
+                        baggage.workload = Some(workload);
                     }
                     continue;
                 }
