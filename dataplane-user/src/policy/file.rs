@@ -2,6 +2,7 @@
 
 use std::{
     fs, io,
+    os::unix::fs::MetadataExt as _,
     path::{Path, PathBuf},
 };
 
@@ -47,7 +48,8 @@ pub fn read_file(path: &Path) -> Result<Contents, BadFile> {
 /// The files that a path stands for: itself, or those of a directory that are named `.yaml`, `.yml` or `.json`, sorted.
 pub fn files(path: &Path) -> Result<Vec<PathBuf>, BadFile> {
     let unreadable = |error| BadFile::Unreadable { path: path.to_owned(), error };
-    if !fs::metadata(path).map_err(unreadable)?.is_dir() {
+    let directory = fs::metadata(path).map_err(unreadable)?;
+    if !directory.is_dir() {
         return Ok(vec![path.to_owned()]);
     }
     let mut found = Vec::new();
@@ -60,6 +62,11 @@ pub fn files(path: &Path) -> Result<Vec<PathBuf>, BadFile> {
         if named && !hidden && path.is_file() {
             found.push(path);
         }
+    }
+    // Of a directory that is moved away in the middle of this, some files only seem to be gone.
+    let now = fs::metadata(path).map_err(unreadable)?;
+    if (now.dev(), now.ino()) != (directory.dev(), directory.ino()) {
+        return Err(unreadable(io::Error::other("replaced while it was read")));
     }
     found.sort();
     Ok(found)
