@@ -17,4 +17,6 @@ pub mod policy;
 pub mod registry;
 pub mod signal;
 pub mod source;
+#[cfg(test)]
+mod testing;
 pub mod tunnel;

@@ -178,6 +178,11 @@ pub struct Node {
     pub addresses: Vec<IpAddr>,
 }
 
+/// What follows the namespace in an object's name.
+pub fn short_name(name: &str) -> &str {
+    name.split_once('/').map_or(name, |(_, short)| short)
+}
+
 /// Label of the pods that implement a Gateway (Gateway API, GEP-1762).
 pub const GATEWAY_LABEL: &str = "gateway.networking.k8s.io/gateway-name";
 

@@ -14,8 +14,6 @@ const CONNECTIONS: usize = 100_000;
 const PODS: usize = 3;
 /// How late the control plane tells of a death.
 const LATE: Duration = Duration::from_secs(5);
-/// From a pod's deletion to its SIGTERM.
-const KUBELET: Duration = Duration::from_millis(5);
 
 /// How many the kernel has seen established.
 fn connections(scene: &Scene) -> Result<u64> {
@@ -31,20 +29,11 @@ fn a_storm_loses_nothing(family: Family, topology: Topology) -> Result<()> {
     let mut rollouts = 0;
     while rollouts < ROLLOUTS {
         for turn in 0..PODS {
-            webs.push_back(scene.add_web(1 + (rollouts + turn) % 2)?);
             let old = webs.pop_front().expect("never empty");
             // The pod watch is quick (L1); what is late are the endpoints.
-            scene.control.terminating(&old.pod.name)?;
-            thread::sleep(KUBELET);
-            old.server.sigterm()?;
-            let control = scene.control.clone();
-            late.push(thread::spawn(move || -> Result<()> {
-                old.server.wait()?;
-                thread::sleep(LATE);
-                control.endpoint_gone(&old.pod.name)?;
-                control.pod_deleted(&old.pod.name)?;
-                old.pod.delete()
-            }));
+            let (new, ended) = scene.replace(old, 1 + (rollouts + turn) % 2, LATE)?;
+            webs.push_back(new);
+            late.push(ended);
         }
         rollouts += 1;
     }

@@ -10,28 +10,12 @@ use hitless_tests::lab::{
     control::Terms,
     mesh::Mesh,
     net::Family,
-    scene::{PORT, Scene, SceneSpec, Web, connect_from, eventually, who},
+    scene::{PORT, Scene, Web, connect_from, eventually, who},
 };
-
-/// Two nodes of a mesh, and the pods of the service on these.
-fn mesh(webs: &[usize], more: &[&str]) -> Result<(Scene, Mesh)> {
-    let mesh = Mesh::new()?;
-    let mut agent_args = mesh.args();
-    agent_args.extend(more.iter().map(|arg| (*arg).to_owned()));
-    let scene = Scene::new(&SceneSpec { webs: webs.to_vec(), agent_args, ..SceneSpec::default() })?;
-    for pod in scene.webs.iter().map(|web| &web.pod).chain([&scene.client]) {
-        joined(&scene, pod.node, &pod.name);
-    }
-    Ok((scene, mesh))
-}
-
-fn joined(scene: &Scene, node: usize, pod: &str) {
-    scene.agent(node).wait_joined(pod).expect("it joins the mesh");
-}
 
 /// A counter of the tunnel, over the agents.
 fn tunnel(scene: &Scene, name: &str) -> u64 {
-    scene.agents.iter().map(|agent| agent.tunnel().expect("a status")[name]).sum()
+    scene.tunnel(name).expect("a status")
 }
 
 fn kill(web: &Web) {
@@ -62,7 +46,7 @@ fn echoes(scene: &Scene, to: SocketAddr, name: &str) -> Result<()> {
 
 #[test]
 fn a_service_of_another_node_is_reached_through_the_tunnel() -> Result<()> {
-    let (scene, _mesh) = mesh(&[2], &[])?;
+    let (scene, _mesh) = Mesh::scene(&[2], &[])?;
     for family in Family::BOTH {
         let before = (tunnel(&scene, "outbound_tunnelled"), tunnel(&scene, "inbound_tunnelled"));
         let mut stream = scene.connect(family)?;
@@ -78,7 +62,7 @@ fn a_service_of_another_node_is_reached_through_the_tunnel() -> Result<()> {
 
 #[test]
 fn a_pod_of_the_same_node_is_reached_without_a_second_tls() -> Result<()> {
-    let (scene, _mesh) = mesh(&[1], &[])?;
+    let (scene, _mesh) = Mesh::scene(&[1], &[])?;
     for family in Family::BOTH {
         let before = tunnel(&scene, "outbound_local");
         let mut stream = scene.connect(family)?;
@@ -93,7 +77,7 @@ fn a_pod_of_the_same_node_is_reached_without_a_second_tls() -> Result<()> {
 
 #[test]
 fn with_local_tls_also_the_same_node_is_tunnelled() -> Result<()> {
-    let (scene, _mesh) = mesh(&[1], &["--local-tls", "on"])?;
+    let (scene, _mesh) = Mesh::scene(&[1], &["--local-tls", "on"])?;
     assert_eq!(who(&mut scene.connect(Family::V4)?)?, scene.webs[0].name);
     assert_eq!((tunnel(&scene, "outbound_local"), tunnel(&scene, "inbound_tunnelled")), (0, 1));
     Ok(())
@@ -102,7 +86,7 @@ fn with_local_tls_also_the_same_node_is_tunnelled() -> Result<()> {
 #[test]
 fn a_dead_application_is_never_noticed() -> Result<()> {
     for webs in [[1, 2], [2, 2]] {
-        let (scene, _mesh) = mesh(&webs, &["--layers", "none"])?;
+        let (scene, _mesh) = Mesh::scene(&webs, &["--layers", "none"])?;
         kill(&scene.webs[0]);
         for family in Family::BOTH {
             for n in 0..40 {
@@ -119,7 +103,7 @@ fn a_dead_application_is_never_noticed() -> Result<()> {
 
 #[test]
 fn what_was_named_by_address_is_never_another() -> Result<()> {
-    let (scene, _mesh) = mesh(&[2, 2], &[])?;
+    let (scene, _mesh) = Mesh::scene(&[2, 2], &[])?;
     kill(&scene.webs[0]);
     for addr in scene.webs[0].pod.addresses() {
         let mut stream = connect_from(&scene.client.place, SocketAddr::new(addr, PORT))?;
@@ -136,7 +120,7 @@ fn what_was_named_by_address_is_never_another() -> Result<()> {
 
 #[test]
 fn a_strict_pod_takes_nothing_but_mutual_tls() -> Result<()> {
-    let (mut scene, mesh) = mesh(&[1, 2], &[])?;
+    let (mut scene, mesh) = Mesh::scene(&[1, 2], &[])?;
     let outsider = scene.lab.node(1).add_pod("outsider")?;
     scene.control.add_pod(&outsider, &Terms { not_enrolled: true, ..Terms::default() })?;
     let reaches = |scene: &Scene| -> Vec<bool> {
@@ -171,7 +155,7 @@ spec: {mtls: {mode: STRICT}}
 
 #[test]
 fn the_application_sees_who_the_client_is() -> Result<()> {
-    let (scene, _mesh) = mesh(&[1, 2], &[])?;
+    let (scene, _mesh) = Mesh::scene(&[1, 2], &[])?;
     for family in Family::BOTH {
         for web in &scene.webs {
             let addr = web.pod.addresses()[family as usize];
@@ -189,7 +173,7 @@ fn the_application_sees_who_the_client_is() -> Result<()> {
 
 #[test]
 fn a_pod_that_joins_under_load_loses_no_connection() -> Result<()> {
-    let (mut scene, _mesh) = mesh(&[2], &[])?;
+    let (mut scene, _mesh) = Mesh::scene(&[2], &[])?;
     for round in 0..3 {
         let web = scene.add_web(1 + round % 2)?;
         for family in Family::BOTH {
@@ -218,7 +202,7 @@ spec:
 
 #[test]
 fn policies_decide_by_identity_and_open_connections_are_asked_again() -> Result<()> {
-    let (scene, mesh) = mesh(&[1, 2], &[])?;
+    let (scene, mesh) = Mesh::scene(&[1, 2], &[])?;
     let outsider = scene.lab.node(2).add_pod("outsider")?;
     scene.control.add_pod(&outsider, &Terms { not_enrolled: true, ..Terms::default() })?;
     let addresses = || scene.webs.iter().flat_map(|web| web.pod.addresses()).map(|addr| SocketAddr::new(addr, PORT));
@@ -246,7 +230,7 @@ fn policies_decide_by_identity_and_open_connections_are_asked_again() -> Result<
 
 #[test]
 fn the_running_agent_tells_its_certificates_policies_and_decisions() -> Result<()> {
-    let (scene, mesh) = mesh(&[2], &[])?;
+    let (scene, mesh) = Mesh::scene(&[2], &[])?;
     let agent = scene.agent(2);
     assert_eq!(agent.admin(&["policies"])?, serde_json::json!([]));
     mesh.set_policies(&only("default"))?;
@@ -335,7 +319,7 @@ fn foreign_connect(scene: &Scene, mesh: &Mesh, from: &hitless_tests::lab::Pod, t
 
 #[test]
 fn a_stream_of_a_foreign_proxy_for_a_dead_application_is_taken_by_another() -> Result<()> {
-    let (scene, mesh) = mesh(&[2, 2, 1], &[])?;
+    let (scene, mesh) = Mesh::scene(&[2, 2, 1], &[])?;
     let outsider = scene.lab.node(1).add_pod("proxy")?;
     scene.control.add_pod(&outsider, &Terms { not_enrolled: true, ..Terms::default() })?;
     let [dead, alive] = [&scene.webs[0], &scene.webs[1]];
@@ -356,7 +340,7 @@ fn a_stream_of_a_foreign_proxy_for_a_dead_application_is_taken_by_another() -> R
 
 #[test]
 fn a_stopping_agent_waits_for_what_it_carries_and_says_what_it_cuts() -> Result<()> {
-    let (scene, _mesh) = mesh(&[2], &["--tunnel-drain", "2s"])?;
+    let (scene, _mesh) = Mesh::scene(&[2], &["--tunnel-drain", "2s"])?;
     let mut streams: Vec<_> = Family::BOTH.iter().map(|family| scene.connect(*family)).collect::<Result<_, _>>()?;
     for stream in &mut streams {
         who(stream)?;

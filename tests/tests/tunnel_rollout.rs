@@ -16,7 +16,7 @@ use hitless_tests::{
         mesh::Mesh,
         net::Family,
         packets::Sniffer,
-        scene::{PORT, Scene, SceneSpec, Storm, Web, connect_from, eventually},
+        scene::{KUBELET, PORT, Scene, SceneSpec, Storm, Web, connect_from, eventually},
     },
     workload::storm::Outcome,
 };
@@ -30,30 +30,16 @@ const THREADS: usize = 4;
 const WORKERS: usize = 2;
 /// How late the control plane tells of a death.
 const LATE: Duration = Duration::from_secs(5);
-/// From a pod's deletion to its SIGTERM.
-const KUBELET: Duration = Duration::from_millis(5);
 /// Long enough for a thousand connections.
 const A_WHILE: Duration = Duration::from_millis(700);
 
-fn agent_args(mesh: &Mesh) -> Vec<String> {
-    let workers = ["--tunnel-workers".to_owned(), WORKERS.to_string()];
-    mesh.args().into_iter().chain(workers).collect()
-}
-
-/// Two nodes of a mesh, and the pods of the service on these.
+/// A mesh whose agents have that many workers.
 fn mesh(webs: &[usize]) -> Result<(Scene, Mesh)> {
-    let mesh = Mesh::new()?;
-    let agent_args = agent_args(&mesh);
-    let scene = Scene::new(&SceneSpec { webs: webs.to_vec(), agent_args, ..SceneSpec::default() })?;
-    for pod in scene.webs.iter().map(|web| &web.pod).chain([&scene.client]) {
-        scene.agent(pod.node).wait_joined(&pod.name)?;
-    }
-    Ok((scene, mesh))
+    Mesh::scene(webs, &workers().each_ref().map(String::as_str))
 }
 
-/// A counter of the tunnel, over the agents.
-fn tunnel(scene: &Scene, name: &str) -> Result<u64> {
-    scene.agents.iter().map(|agent| Ok(agent.tunnel()?[name])).sum()
+fn workers() -> [String; 2] {
+    ["--tunnel-workers".into(), WORKERS.to_string()]
 }
 
 fn tell(scene: &Scene, what: &str, outcome: &Outcome) -> Result<()> {
@@ -61,9 +47,9 @@ fn tell(scene: &Scene, what: &str, outcome: &Outcome) -> Result<()> {
     let [tunnelled, local, repicked] = ["outbound_tunnelled", "outbound_local", "outbound_repicked"];
     eprintln!(
         "{what}: {connections} connections in {seconds:.1} s, {failed} failed {reasons:?}; {} tunnelled, {} local, {} re-picked",
-        tunnel(scene, tunnelled)?,
-        tunnel(scene, local)?,
-        tunnel(scene, repicked)?
+        scene.tunnel(tunnelled)?,
+        scene.tunnel(local)?,
+        scene.tunnel(repicked)?
     );
     Ok(())
 }
@@ -76,31 +62,22 @@ fn a_rolling_update_loses_nothing(family: Family) -> Result<()> {
     let storm = Storm::start(&scene.client, scene.vip(family), THREADS)?;
     let mut late = Vec::new();
     for turn in 0..rollouts * PODS {
-        webs.push_back(scene.add_web(1 + turn % 2)?);
         let old = webs.pop_front().expect("never empty");
-        scene.control.terminating(&old.pod.name)?;
-        thread::sleep(KUBELET);
-        old.server.sigterm()?;
-        let control = scene.control.clone();
-        late.push(thread::spawn(move || -> Result<()> {
-            old.server.wait()?;
-            thread::sleep(LATE);
-            control.endpoint_gone(&old.pod.name)?;
-            control.pod_deleted(&old.pod.name)?;
-            old.pod.delete()
-        }));
+        let (new, ended) = scene.replace(old, 1 + turn % 2, LATE)?;
+        webs.push_back(new);
+        late.push(ended);
     }
     for late in late {
         late.join().expect("no panic")?;
     }
-    while tunnel(&scene, "outbound_tunnelled")? + tunnel(&scene, "outbound_local")? < connections {
+    while scene.tunnel("outbound_tunnelled")? + scene.tunnel("outbound_local")? < connections {
         thread::sleep(Duration::from_millis(100));
     }
     let outcome = storm.end()?;
     tell(&scene, &format!("rolling update, {family:?}"), &outcome)?;
     assert_eq!((outcome.failed, &outcome.reasons), (0, &Default::default()), "of {}", outcome.connections);
-    assert_eq!(tunnel(&scene, "outbound_failed")?, 0);
-    assert!(tunnel(&scene, "outbound_tunnelled")? > 100 && tunnel(&scene, "outbound_local")? > 100);
+    assert_eq!(scene.tunnel("outbound_failed")?, 0);
+    assert!(scene.tunnel("outbound_tunnelled")? > 100 && scene.tunnel("outbound_local")? > 100);
     assert!(outcome.servers.len() > PODS, "only {:?} answered", outcome.servers);
     Ok(())
 }
@@ -137,7 +114,7 @@ fn a_gateway_that_names_a_stopped_pod_loses_nothing() -> Result<()> {
         assert_eq!((outcome.failed, &outcome.reasons), (0, &Default::default()), "of {}", outcome.connections);
         assert_eq!(outcome.servers.len(), 2, "{:?}", outcome.servers);
     }
-    assert_eq!(tunnel(&scene, "outbound_failed")?, 0);
+    assert_eq!(scene.tunnel("outbound_failed")?, 0);
     Ok(())
 }
 
@@ -161,7 +138,7 @@ fn killed_servers_take_no_more_along_than_they_had_accepted() -> Result<()> {
         tell(&scene, "killed servers", &outcome)?;
         assert!(outcome.failed <= (kills * THREADS) as u64, "{} failed: {:?}", outcome.failed, outcome.reasons);
     }
-    assert_eq!(tunnel(&scene, "outbound_failed")?, 0, "connections that found no server");
+    assert_eq!(scene.tunnel("outbound_failed")?, 0, "connections that found no server");
     Ok(())
 }
 
@@ -199,12 +176,11 @@ fn an_agent_restarts(node: usize, how: How) -> Result<()> {
 
     let storms = start(&scene);
     thread::sleep(A_WHILE);
-    scene.start_agent(node, AgentOptions { args: agent_args(&mesh), ..AgentOptions::default() })?;
-    for pod in scene.webs.iter().map(|web| &web.pod).chain([&scene.client]) {
-        scene.agent(pod.node).wait_joined(&pod.name)?;
-    }
+    let args = mesh.args().into_iter().chain(workers()).collect();
+    scene.start_agent(node, AgentOptions { args, ..AgentOptions::default() })?;
+    scene.wait_joined()?;
     // Clients that found nobody there may pass over it for some seconds more.
-    let tunnelled = || tunnel(&scene, "outbound_tunnelled").expect("counters");
+    let tunnelled = || scene.tunnel("outbound_tunnelled").expect("counters");
     let before = tunnelled();
     eventually(|| tunnelled() > before + 100, "the tunnel is used again");
     for storm in storms {
@@ -255,6 +231,6 @@ fn nothing_is_in_clear_between_the_nodes() -> Result<()> {
     let (in_clear, packets) = overheard(&scene, &scene.lab.sniff_between_nodes()?)?;
     assert!(packets >= 8, "{packets} packets for four connections");
     assert_eq!(in_clear, 0, "of {packets}");
-    assert_eq!(tunnel(&scene, "outbound_tunnelled")?, 4);
+    assert_eq!(scene.tunnel("outbound_tunnelled")?, 4);
     Ok(())
 }

@@ -8,10 +8,7 @@ use std::{
     path::PathBuf,
     pin::Pin,
     rc::Rc,
-    sync::{
-        Arc,
-        atomic::{AtomicBool, Ordering::Relaxed},
-    },
+    sync::Arc,
     time::Duration,
 };
 
@@ -92,12 +89,9 @@ impl Mesh {
                 Ok(())
             }),
         ));
-        let (rules, known) = (policies.clone(), Arc::new(AtomicBool::new(false)));
-        let are_known = known.clone();
-        let rules = move |pod: &_| if known.load(Relaxed) { plaintext(&rules, pod) } else { Plaintext::Refused };
-        let directory = Directory::new(settings.trust_domain.clone(), Box::new(rules));
-        let shared =
-            Shared::new(maps.clone(), directory.view(), store.clone(), policies.clone(), are_known, settings.local_tls);
+        let rules = policies.clone();
+        let directory = Directory::new(settings.trust_domain.clone(), Box::new(move |pod| plaintext(&rules, pod)));
+        let shared = Shared::new(maps.clone(), directory.view(), store.clone(), policies.clone(), settings.local_tls);
         // Before the first of the tunnel's buffers.
         kernel::keep_heap();
         let tunnel = Tunnel::start(shared, settings.workers).context("the tunnel's threads cannot be started")?;
@@ -210,9 +204,6 @@ impl Mesh {
 
     fn policies_changed(&mut self) {
         if let Some(mesh) = &mut self.0 {
-            if mesh.policies.snapshot().settled() {
-                mesh.tunnel.shared().policies_are_known();
-            }
             mesh.directory.policies_changed();
             mesh.flush(true);
         }
@@ -265,6 +256,9 @@ impl Parts {
 
 /// What may enter a pod here beside HBONE.
 fn plaintext(policies: &Enforcement, pod: &policy::Workload) -> Plaintext {
+    if !policies.known() {
+        return Plaintext::Refused;
+    }
     let selected = policies.of(pod);
     if selected.is_open() {
         Plaintext::Open

@@ -247,7 +247,7 @@ pub fn main() -> ExitCode {
         | Command::Doctor(doctor::DoctorArgs { look, .. })
         | Command::Uninstall(look) => look.output,
         Command::Policy(PolicyCommand::Check(args)) => args.output,
-        Command::Policy(PolicyCommand::Explain(args)) => args.output,
+        Command::Policy(PolicyCommand::Explain(args)) => args.look.output,
         Command::Ca(ca::CaCommand::Init(args)) => args.output,
         Command::Config(ConfigCommand::Dump(args)) if args.output == config::Format::Json => Output::Json,
         Command::Config(_) | Command::Completions { .. } | Command::Canary => Output::Table,

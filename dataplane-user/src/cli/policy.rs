@@ -14,7 +14,7 @@ use anyhow::{Context, bail};
 use clap::Args;
 use serde::Serialize;
 
-use super::{AgentArgs, Output, json, print};
+use super::{LookArgs, Output, json, print};
 use crate::{
     admin::{
         client::Client,
@@ -77,16 +77,7 @@ pub struct ExplainArgs {
     #[command(flatten)]
     root: Root,
     #[command(flatten)]
-    agent: AgentArgs,
-    #[arg(
-        short,
-        long,
-        value_enum,
-        default_value_t,
-        value_name = "FORMAT",
-        help = "table for people, json for programs"
-    )]
-    pub(super) output: Output,
+    pub(super) look: LookArgs,
 }
 
 #[derive(Args, Debug)]
@@ -271,7 +262,7 @@ pub fn explain(args: &ExplainArgs) -> anyhow::Result<ExitCode> {
         return ask(args);
     }
     let explanation = answer(args)?;
-    match args.output {
+    match args.look.output {
         Output::Json => json(&explanation)?,
         Output::Table => print(&explanation.to_string())?,
     }
@@ -280,7 +271,7 @@ pub fn explain(args: &ExplainArgs) -> anyhow::Result<ExitCode> {
 
 /// By the policies that a running agent has in force.
 fn ask(args: &ExplainArgs) -> anyhow::Result<ExitCode> {
-    let mut client = Client::connect(&args.agent.socket()?)?;
+    let mut client = Client::connect(&args.look.socket()?)?;
     let (identity, plaintext) = match &args.from {
         From::Identity(id) => (Some(id.to_string()), None),
         From::Account { namespace, name } => {
@@ -307,7 +298,7 @@ fn ask(args: &ExplainArgs) -> anyhow::Result<ExitCode> {
         destination_ip: args.destination_ip.map(|address| address.to_string()),
         port: args.to.port.into(),
     })?;
-    match args.output {
+    match args.look.output {
         Output::Json => json(&serde_json::from_str::<serde_json::Value>(&explanation.json)?)?,
         Output::Table => print(&explanation.text)?,
     }

@@ -70,11 +70,6 @@ impl TunnelMaps {
         self.0.inbound.put(&address::addr(addr), &(listener.as_raw_fd() as u32))
     }
 
-    /// No more from now on. What was accepted goes on.
-    pub fn leave_inbound(&self, addr: IpAddr) -> Result<bool, Error> {
-        self.0.inbound.delete(&address::addr(addr))
-    }
-
     pub fn put_address(&self, addr: IpAddr, value: MeshAddress) -> Result<(), Error> {
         self.0.mesh.put(&address::addr(addr), &value)
     }

@@ -4,7 +4,10 @@
 
 use std::{
     collections::HashMap,
-    sync::{Arc, Mutex, PoisonError, RwLock},
+    sync::{
+        Arc, Mutex, PoisonError, RwLock,
+        atomic::{AtomicBool, Ordering::Relaxed},
+    },
 };
 
 use tokio::sync::watch;
@@ -19,6 +22,8 @@ const REMEMBERED: usize = 4096;
 pub struct Enforcement {
     policies: Mutex<Policies>,
     current: watch::Sender<Arc<Snapshot>>,
+    /// They were settled once: a source that fails later takes that back for nobody.
+    known: AtomicBool,
     chosen: RwLock<Chosen>,
 }
 
@@ -38,7 +43,7 @@ impl Enforcement {
     pub fn new(root_namespace: &str) -> Self {
         let policies = Policies::new(root_namespace);
         let current = watch::Sender::new(policies.snapshot());
-        Self { policies: Mutex::new(policies), current, chosen: RwLock::default() }
+        Self { policies: Mutex::new(policies), current, known: AtomicBool::new(false), chosen: RwLock::default() }
     }
 
     /// Changes the policies; when it returns they are in force.
@@ -46,7 +51,9 @@ impl Enforcement {
         let mut policies = self.policies.lock().unwrap_or_else(PoisonError::into_inner);
         let outcome = change(&mut policies);
         if outcome.changed {
-            self.current.send_replace(policies.snapshot());
+            let snapshot = policies.snapshot();
+            self.known.fetch_or(snapshot.settled(), Relaxed);
+            self.current.send_replace(snapshot);
         }
         outcome
     }
@@ -70,6 +77,11 @@ impl Enforcement {
     pub async fn settled(&self) {
         // The sender lives as long as `self`.
         let _ = self.subscribe().wait_for(|snapshot| snapshot.settled()).await;
+    }
+
+    /// Every source that is followed has told all it has, now or once: before that nothing is to be let in.
+    pub fn known(&self) -> bool {
+        self.known.load(Relaxed) || self.snapshot().settled()
     }
 
     /// The policies of a workload that are in force now.

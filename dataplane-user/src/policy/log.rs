@@ -3,7 +3,7 @@
 use std::net::SocketAddr;
 
 use super::{Decision, Workload};
-use crate::identity::SpiffeId;
+use crate::{identity::SpiffeId, model::short_name};
 
 /// A connection that was decided. What is not known is None and left out.
 #[derive(Clone, Copy, Debug)]
@@ -38,7 +38,7 @@ impl Record<'_> {
                     dst.addr = %self.destination,
                     dst.hbone_addr = self.destination_hbone.map(tracing::field::display),
                     dst.service = self.destination_service,
-                    dst.workload = workload_name(self.destination_workload),
+                    dst.workload = short_name(&self.destination_workload.name),
                     dst.namespace = &*self.destination_workload.namespace,
                     dst.identity = self.destination_identity.map(SpiffeId::as_str),
                     policy = decision.by.as_deref(),
@@ -68,37 +68,16 @@ impl Record<'_> {
     }
 }
 
-/// Istio's logs have the pod's name beside its namespace.
-fn workload_name(workload: &Workload) -> &str {
-    workload.name.split_once('/').map_or(&*workload.name, |(_, name)| name)
-}
-
 #[cfg(test)]
 mod tests {
-    use std::sync::{Arc, Mutex};
-
     use super::*;
-    use crate::policy::{DryRun, Reason};
-
-    #[derive(Clone, Default)]
-    struct Written(Arc<Mutex<Vec<u8>>>);
-
-    impl std::io::Write for Written {
-        fn write(&mut self, bytes: &[u8]) -> std::io::Result<usize> {
-            self.0.lock().unwrap().extend_from_slice(bytes);
-            Ok(bytes.len())
-        }
-
-        fn flush(&mut self) -> std::io::Result<()> {
-            Ok(())
-        }
-    }
+    use crate::{
+        policy::{DryRun, Reason},
+        testing::logged,
+    };
 
     #[test]
     fn a_refusal_is_one_line_with_the_fields_of_istios_access_log() {
-        let written = Written::default();
-        let to = written.clone();
-        let subscriber = tracing_subscriber::fmt().json().with_writer(move || to.clone()).finish();
         let id: SpiffeId = "spiffe://cluster.local/ns/shop/sa/web".parse().unwrap();
         let workload = Workload { name: "shop/db-0".into(), namespace: "shop".into(), ..Workload::default() };
         let decision = Decision {
@@ -119,10 +98,8 @@ mod tests {
             destination_identity: None,
             decision: &decision,
         };
-        tracing::subscriber::with_default(subscriber, || record.log());
-        let text = String::from_utf8(written.0.lock().unwrap().clone()).unwrap();
-        let lines: Vec<serde_json::Value> = text.lines().map(|line| serde_json::from_str(line).unwrap()).collect();
-        assert_eq!(lines.len(), 2, "{text}");
+        let lines = logged(|| record.log());
+        assert_eq!(lines.len(), 2, "{lines:?}");
         let fields = &lines[0]["fields"];
         for (name, value) in [
             ("src.addr", "10.0.0.1:40000"),
@@ -133,7 +110,7 @@ mod tests {
             ("direction", "inbound"),
             ("error", "connection closed due to policy rejection: explicitly denied by: shop/no-web"),
         ] {
-            assert_eq!(fields[name], value, "{name} in {text}");
+            assert_eq!(fields[name], value, "{name} in {lines:?}");
         }
         assert!(fields.get("dst.service").is_none() && lines[0]["target"] == "access");
         assert_eq!(lines[1]["fields"]["dry_run.policy"], "shop/try");

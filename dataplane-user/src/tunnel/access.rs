@@ -8,9 +8,9 @@ use std::{
 
 use super::{
     Shared,
-    traffic::{End, Flags, Reporter, Series, Tally, pod_name},
+    traffic::{End, Flags, Reporter, Series, Tally},
 };
-use crate::{hbone::relay::Counts as Bytes, identity::SpiffeId, mesh::Workload};
+use crate::{hbone::relay::Counts as Bytes, identity::SpiffeId, mesh::Workload, model::short_name};
 
 /// Who talks to whom. What is not known is None and left out.
 #[derive(Clone, Debug)]
@@ -80,13 +80,13 @@ impl Access {
                     target: "access",
                     direction,
                     src.addr = %self.source,
-                    src.workload = self.source_workload.as_ref().map(|one| pod_name(&one.name)),
+                    src.workload = self.source_workload.as_ref().map(|one| short_name(&one.name)),
                     src.namespace = namespace(&self.source_workload, &self.source_identity),
                     src.identity = self.source_identity.as_ref().map(SpiffeId::as_str),
                     dst.addr = %self.destination,
                     dst.hbone_addr = self.hbone.map(tracing::field::display),
                     dst.service = self.service.as_deref().map(host_of),
-                    dst.workload = self.destination_workload.as_ref().map(|one| pod_name(&one.name)),
+                    dst.workload = self.destination_workload.as_ref().map(|one| short_name(&one.name)),
                     dst.namespace = namespace(&self.destination_workload, &self.destination_identity),
                     dst.identity = self.destination_identity.as_ref().map(SpiffeId::as_str),
                     bytes_sent = bytes.sent.get(),
@@ -140,23 +140,8 @@ pub fn host_of(service: &str) -> String {
 
 #[cfg(test)]
 mod tests {
-    use std::sync::Mutex;
-
     use super::*;
-
-    #[derive(Clone, Default)]
-    struct Written(Arc<Mutex<Vec<u8>>>);
-
-    impl std::io::Write for Written {
-        fn write(&mut self, bytes: &[u8]) -> std::io::Result<usize> {
-            self.0.lock().unwrap().extend_from_slice(bytes);
-            Ok(bytes.len())
-        }
-
-        fn flush(&mut self) -> std::io::Result<()> {
-            Ok(())
-        }
-    }
+    use crate::testing::logged;
 
     fn workload(name: &str) -> Arc<Workload> {
         let account = name.split_once('/').unwrap().0;
@@ -171,13 +156,6 @@ mod tests {
 
     #[test]
     fn a_connection_is_one_line_with_the_fields_of_istios_access_log() {
-        let written = Written::default();
-        let to = written.clone();
-        let subscriber = tracing_subscriber::fmt()
-            .json()
-            .with_max_level(tracing::Level::DEBUG)
-            .with_writer(move || to.clone())
-            .finish();
         let (source, destination) = (workload("shop/web-5d4f8c7b9c-x2x7q"), workload("data/db-0"));
         let access = Access {
             reporter: Reporter::Source,
@@ -194,12 +172,10 @@ mod tests {
         let bytes = Bytes::default();
         bytes.sent.set(7);
         bytes.received.set(9);
-        tracing::subscriber::with_default(subscriber, || {
+        let lines = logged(|| {
             access.log(&bytes, None);
             access.log(&bytes, Some((Flags::NotConnected, "nobody listens")));
         });
-        let text = String::from_utf8(written.0.lock().unwrap().clone()).unwrap();
-        let lines: Vec<serde_json::Value> = text.lines().map(|line| serde_json::from_str(line).unwrap()).collect();
         let wanted = serde_json::json!({
             "message": "connection complete", "direction": "outbound",
             "src.addr": "10.0.0.1:40000", "src.workload": "web-5d4f8c7b9c-x2x7q", "src.namespace": "shop",

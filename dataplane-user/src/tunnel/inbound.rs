@@ -1,7 +1,6 @@
 //! What comes into a pod here: HBONE from other nodes, and plaintext that the policies are asked about.
 
 use std::{
-    io,
     net::SocketAddr,
     rc::Rc,
     sync::Arc,
@@ -85,12 +84,7 @@ pub async fn plaintext(
     match sockets::connect_within(shared, pod, here, Some(peer), DIAL_WITHIN).await {
         Ok(application) => {
             worker.counts().one(Count::InboundPlain);
-            let open = inbound.access(&workload, None, here).open(shared);
-            let bytes = Bytes::default();
-            let relayed = local::relay(application, socket, &bytes);
-            let ended = inbound.until_revoked(&workload, None, here, relayed).await;
-            inbound.count(&bytes);
-            open.end(&bytes, ended.err().as_deref());
+            inbound.relay(&workload, None, here, async |bytes| local::relay(application, socket, bytes).await).await;
         }
         Err(error) => {
             worker.counts().one(Count::InboundFailed);
@@ -110,6 +104,14 @@ struct Inbound {
     pod: Arc<LocalPod>,
     peer: SocketAddr,
     here: SocketAddr,
+}
+
+/// An application that took a stream.
+struct Way {
+    inbound: Inbound,
+    workload: Arc<Workload>,
+    to: SocketAddr,
+    application: TcpStream,
 }
 
 impl Inbound {
@@ -137,26 +139,32 @@ impl Inbound {
         // The application sees the client: the address that the packets come from, and its port when it is told.
         let forwarded = request.metadata.forwarded.as_ref().and_then(|forwarded| forwarded.client_address());
         let client = forwarded.filter(|client| client.ip() == self.peer.ip()).unwrap_or(self.peer);
-        let application =
-            match sockets::connect_within(&self.worker.shared, &self.pod, to, Some(client), DIAL_WITHIN).await {
-                Ok(application) => application,
-                Err(error) => {
-                    let access = self.access(&workload, Some(&request.client), to);
-                    return self.bounce(&request, answer, to, client, access, &error).await;
+        let dialled = sockets::connect_within(&self.worker.shared, &self.pod, to, Some(client), DIAL_WITHIN).await;
+        let (way, count) = match dialled {
+            Ok(application) => (Way { inbound: self, workload, to, application }, Count::InboundTunnelled),
+            Err(error) => match self.elsewhere(&request, to, client).await {
+                Some(way) => {
+                    debug!(pod = %self.pod.name, to = %way.workload.name, "a stream for a dead application goes to another");
+                    (way, Count::InboundBounced)
                 }
-            };
+                None => {
+                    counts.one(Count::InboundFailed);
+                    let access = self.access(&workload, Some(&request.client), to);
+                    let error = format!("the application could not be reached: {error}");
+                    access.failed(&self.worker.shared, Flags::NotConnected, &error);
+                    return answer.refuse(Refusal::Unavailable);
+                }
+            },
+        };
+        let Way { inbound, workload, to, application } = way;
         let stream = match answer.accept(Some(&about(&workload))) {
             Ok(stream) => stream,
             // The peer gave up meanwhile.
-            Err(error) => return debug!(pod = %self.pod.name, %error, "nobody waits for the answer any more"),
+            Err(error) => return debug!(pod = %inbound.pod.name, %error, "nobody waits for the answer any more"),
         };
-        counts.one(Count::InboundTunnelled);
-        let open = self.access(&workload, Some(&request.client), to).open(&self.worker.shared);
-        let bytes = Bytes::default();
-        let relayed = relay::tunnel(application, stream, &bytes);
-        let ended = self.until_revoked(&workload, Some(&request.client), to, relayed).await;
-        self.count(&bytes);
-        open.end(&bytes, ended.err().as_deref());
+        inbound.worker.counts().one(count);
+        let relayed = async |bytes: &Bytes| relay::tunnel(application, stream, bytes).await;
+        inbound.relay(&workload, Some(&request.client), to, relayed).await;
     }
 
     fn access(&self, workload: &Arc<Workload>, client: Option<&SpiffeId>, to: SocketAddr) -> Access {
@@ -180,50 +188,28 @@ impl Inbound {
     /// one runs here. Only for peers that would not try another one themselves. What was proved of the client holds
     /// there too, because this node saw the proof; to another node it could not be passed on. And as it goes to an
     /// application, not to an agent, it goes no further.
-    async fn bounce(
-        &self,
-        request: &server::Request,
-        answer: Answer,
-        to: SocketAddr,
-        client: SocketAddr,
-        access: Access,
-        error: &io::Error,
-    ) {
+    async fn elsewhere(&self, request: &server::Request, to: SocketAddr, client: SocketAddr) -> Option<Way> {
         let shared = &self.worker.shared;
-        let refused = |answer: Answer| {
-            shared.counts.one(Count::InboundFailed);
-            let error = format!("the application could not be reached: {error}");
-            access.failed(shared, Flags::NotConnected, &error);
-            answer.refuse(Refusal::Unavailable);
-        };
-        let group = match shared.maps.group_of(to) {
-            Ok(Some(group)) if !request.metadata.tries_elsewhere => group,
-            _ => return refused(answer),
-        };
-        let (dead, service) = group;
+        if request.metadata.tries_elsewhere {
+            return None;
+        }
+        let (dead, service) = shared.maps.group_of(to).ok()??;
         let mut tried = vec![dead.backend];
         for _ in 0..BOUNCES {
-            let Ok(Some(other)) = shared.maps.pick(service, &tried, &mut || self.worker.random()) else { break };
+            let other = shared.maps.pick(service, &tried, &mut || self.worker.random()).ok()??;
             tried.push(other.backend);
             let Some(workload) = shared.view.at(&other.at.ip()) else { continue };
             let Some(pod) = shared.pod(workload.pod) else { continue };
-            let there = Inbound { worker: self.worker.clone(), pod: pod.clone(), peer: self.peer, here: self.here };
-            if !there.admitted(&workload, Some(&request.client), other.at) {
+            let inbound = Inbound { worker: self.worker.clone(), pod, peer: self.peer, here: self.here };
+            if !inbound.admitted(&workload, Some(&request.client), other.at) {
                 continue;
             }
-            let dialled = sockets::connect_within(shared, &pod, other.at, Some(client), DIAL_WITHIN).await;
-            let Ok(application) = dialled else { continue };
-            let Ok(stream) = answer.accept(Some(&about(&workload))) else { return };
-            shared.counts.one(Count::InboundBounced);
-            debug!(pod = %self.pod.name, to = %workload.name, "a stream for a dead application was taken by another");
-            let open = there.access(&workload, Some(&request.client), other.at).open(shared);
-            let bytes = Bytes::default();
-            let relayed = relay::tunnel(application, stream, &bytes);
-            let ended = there.until_revoked(&workload, Some(&request.client), other.at, relayed).await;
-            there.count(&bytes);
-            return open.end(&bytes, ended.err().as_deref());
+            let dialled = sockets::connect_within(shared, &inbound.pod, other.at, Some(client), DIAL_WITHIN).await;
+            if let Ok(application) = dialled {
+                return Some(Way { inbound, workload, to: other.at, application });
+            }
         }
-        refused(answer);
+        None
     }
 
     /// What the policies say, told and counted.
@@ -262,28 +248,21 @@ impl Inbound {
         }
     }
 
-    /// Relays until the end, or until the policies forbid what they had allowed.
-    async fn until_revoked<E: std::fmt::Display>(
+    /// Relays to the end, counted and told.
+    async fn relay<E: std::fmt::Display>(
         &self,
-        workload: &Workload,
+        workload: &Arc<Workload>,
         client: Option<&SpiffeId>,
         to: SocketAddr,
-        relayed: impl Future<Output = Result<(), E>>,
-    ) -> Result<(), String> {
-        let _carrying = self.worker.shared.carrying();
-        let request = self.request(client, to);
-        let revoked = self.worker.shared.revoked(workload.selected_by.as_deref(), &request);
-        tokio::select! {
-            ended = relayed => ended.map_err(|error| error.to_string()),
-            () = revoked => {
-                self.worker.counts().one(Count::Revoked);
-                Err("cut: the policies forbid it now".into())
-            }
-        }
-    }
-
-    fn count(&self, bytes: &Bytes) {
-        self.worker.counts().add(Count::BytesReceived, bytes.received.get());
-        self.worker.counts().add(Count::BytesSent, bytes.sent.get());
+        relayed: impl AsyncFnOnce(&Bytes) -> Result<(), E>,
+    ) {
+        let shared = &self.worker.shared;
+        let _carrying = shared.carrying();
+        let open = self.access(workload, client, to).open(shared);
+        let bytes = Bytes::default();
+        let ended = shared.until_revoked(workload, &self.request(client, to), relayed(&bytes)).await;
+        shared.counts.add(Count::BytesReceived, bytes.received.get());
+        shared.counts.add(Count::BytesSent, bytes.sent.get());
+        open.end(&bytes, ended.err().as_deref());
     }
 }

@@ -20,7 +20,7 @@ use std::{
     path::PathBuf,
     sync::{
         Arc, PoisonError, RwLock,
-        atomic::{AtomicBool, AtomicU64, Ordering::Relaxed},
+        atomic::{AtomicU64, Ordering::Relaxed},
     },
 };
 
@@ -38,7 +38,7 @@ use crate::{
     hbone::server::Phase,
     identity::Store,
     kernel::TunnelMaps,
-    mesh::View,
+    mesh::{View, Workload},
     policy::{self, Enforcement},
     registry::change::PodId,
 };
@@ -49,8 +49,6 @@ pub struct Shared {
     pub view: Arc<View>,
     pub store: Arc<Store>,
     pub policies: Arc<Enforcement>,
-    /// Every source of policies has told all it has once: before that nothing is let in.
-    policies_known: Arc<AtomicBool>,
     pub counts: Counts,
     pub pooled: Pooled,
     pub traffic: Traffic,
@@ -67,11 +65,10 @@ impl Shared {
         view: Arc<View>,
         store: Arc<Store>,
         policies: Arc<Enforcement>,
-        policies_known: Arc<AtomicBool>,
         local_tls: bool,
     ) -> Self {
         let (counts, pooled, traffic, active, pods) = Default::default();
-        Self { maps, view, store, policies, policies_known, counts, pooled, traffic, active, local_tls, pods }
+        Self { maps, view, store, policies, counts, pooled, traffic, active, local_tls, pods }
     }
 
     /// Connections and streams that are carried now.
@@ -85,13 +82,9 @@ impl Shared {
         Carrying(self.clone())
     }
 
-    pub fn policies_are_known(&self) {
-        self.policies_known.store(true, Relaxed);
-    }
-
     /// May it come in? Counted. `None`: that cannot be said yet.
     fn admit(&self, workload: &policy::Workload, request: &policy::Request<'_>) -> Option<policy::Decision> {
-        self.policies_known.load(Relaxed).then(|| self.policies.admit(workload, request))
+        self.policies.known().then(|| self.policies.admit(workload, request))
     }
 
     fn pod(&self, pod: PodId) -> Option<Arc<LocalPod>> {
@@ -106,7 +99,23 @@ impl fmt::Debug for Shared {
 }
 
 impl Shared {
-    /// Ends when the policies forbid what they had allowed; never without policies.
+    /// Relays until the end, or until the policies forbid what they had allowed.
+    async fn until_revoked<E: fmt::Display>(
+        &self,
+        workload: &Workload,
+        request: &policy::Request<'_>,
+        relayed: impl Future<Output = Result<(), E>>,
+    ) -> Result<(), String> {
+        tokio::select! {
+            ended = relayed => ended.map_err(|error| error.to_string()),
+            () = self.revoked(workload.selected_by.as_deref(), request) => {
+                self.counts.one(Count::Revoked);
+                Err("cut: the policies forbid it now".into())
+            }
+        }
+    }
+
+    /// Ends when they do; never without policies.
     async fn revoked(&self, workload: Option<&policy::Workload>, request: &policy::Request<'_>) {
         let Some(workload) = workload else { return std::future::pending().await };
         let mut changes = self.policies.subscribe();
@@ -230,9 +239,6 @@ impl Tunnel {
     pub fn release(&self, pod: PodId) {
         let released = self.shared.pods.write().unwrap_or_else(PoisonError::into_inner).remove(&pod);
         if let Some(pod) = released {
-            for addr in self.shared.view.pod(pod.id).iter().flat_map(|workload| &workload.addresses) {
-                let _ = self.shared.maps.leave_inbound(*addr);
-            }
             pod.phase.send_replace(Phase::Draining);
             for worker in &self.workers {
                 let _ = worker.send(Order::Release(pod.id));

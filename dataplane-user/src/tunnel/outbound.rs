@@ -30,6 +30,7 @@ use crate::{
     identity::IssueError,
     kernel::Target,
     mesh::Workload,
+    model::short_name,
     policy::Request,
     registry::address,
 };
@@ -280,15 +281,7 @@ impl Outbound<'_> {
         let ended = match leg {
             Leg::Tunnel(stream) => relay::tunnel(socket, stream, &bytes).await.map_err(|error| error.to_string()),
             Leg::Local(far, destination, at) => {
-                let request = self.request(at);
-                let revoked = shared.revoked(destination.selected_by.as_deref(), &request);
-                tokio::select! {
-                    ended = local::relay(socket, far, &bytes) => ended.map_err(|error| error.to_string()),
-                    () = revoked => {
-                        shared.counts.one(Count::Revoked);
-                        Err("the policies forbid it now".into())
-                    }
-                }
+                shared.until_revoked(&destination, &self.request(at), local::relay(socket, far, &bytes)).await
             }
             Leg::Plain(far) => local::relay(socket, far, &bytes).await.map_err(|error| error.to_string()),
         };
@@ -300,11 +293,10 @@ impl Outbound<'_> {
 
 /// What is told of a workload.
 pub fn about(workload: &Workload) -> Baggage {
-    let pod = workload.name.split_once('/').map_or(&*workload.name, |(_, pod)| pod);
     Baggage {
         namespace: Some(workload.namespace().into()),
         workload_type: Some("pod".into()),
-        workload: Some(pod.into()),
+        workload: Some(short_name(&workload.name).into()),
         ..Baggage::default()
     }
 }

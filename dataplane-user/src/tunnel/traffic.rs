@@ -9,7 +9,7 @@ use std::{
     },
 };
 
-use crate::{identity::SpiffeId, mesh::Workload};
+use crate::{identity::SpiffeId, mesh::Workload, model::short_name};
 
 /// Series at most. What comes after them is counted without names.
 const MAX_SERIES: usize = 2000;
@@ -70,7 +70,7 @@ impl End {
             found.map_or("", |value| value).into()
         };
         Self {
-            workload: workload.map_or("", |one| workload_of(pod_name(&one.name))).into(),
+            workload: workload.map_or("", |one| workload_of(short_name(&one.name))).into(),
             namespace: workload.map(Workload::namespace).or(principal.map(SpiffeId::namespace)).unwrap_or("").into(),
             principal: principal.cloned(),
             app: label(&["app", "app.kubernetes.io/name"]),
@@ -141,10 +141,6 @@ impl Series {
         let (source, destination, service) = Default::default();
         Self { source, destination, service, ..self }
     }
-}
-
-pub fn pod_name(name: &str) -> &str {
-    name.split_once('/').map_or(name, |(_, pod)| pod)
 }
 
 /// The workload that a pod is of, by the names that Kubernetes' controllers make: `web-5d4f8c7b9c-x2x7q`, `db-0`,

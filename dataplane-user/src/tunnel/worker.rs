@@ -171,8 +171,5 @@ fn canonical(at: SocketAddr) -> SocketAddr {
 
 /// Ends a connection so that the other side sees it was not finished.
 pub fn reset(socket: TcpStream) {
-    // Linger 0 makes close() a RST.
-    if let Err(error) = socket.set_zero_linger() {
-        debug!(%error, "a connection is closed instead of reset");
-    }
+    hbone::relay::unfinished(&socket);
 }

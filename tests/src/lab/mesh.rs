@@ -9,6 +9,8 @@ use std::{
 use anyhow::Result;
 use dataplane_user::identity::ca::Root;
 
+use super::scene::{Scene, SceneSpec};
+
 /// The trust domain of the labs' meshes.
 pub const TRUST_DOMAIN: &str = "cluster.local";
 
@@ -29,6 +31,15 @@ impl Mesh {
         let mesh = Self { directory };
         mesh.set_policies("")?;
         Ok(mesh)
+    }
+
+    /// Two nodes of a mesh, and the pods of the service on these, all joined. `more` is for `hitless run`.
+    pub fn scene(webs: &[usize], more: &[&str]) -> Result<(Scene, Self)> {
+        let mesh = Self::new()?;
+        let agent_args = mesh.args().into_iter().chain(more.iter().map(|arg| (*arg).to_owned())).collect();
+        let scene = Scene::new(&SceneSpec { webs: webs.to_vec(), agent_args, ..SceneSpec::default() })?;
+        scene.wait_joined()?;
+        Ok((scene, mesh))
     }
 
     /// Further arguments of `hitless run`.

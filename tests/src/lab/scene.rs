@@ -5,6 +5,7 @@ use std::{
     io::{self, Read, Write},
     net::{IpAddr, SocketAddr, TcpStream},
     path::PathBuf,
+    thread::{self, JoinHandle},
     time::Duration,
 };
 
@@ -22,6 +23,8 @@ use crate::workload::{sockets::Kind, storm::Outcome};
 /// The service, and the port it and its pods answer on, TCP and UDP.
 pub const SERVICE: &str = "lab/echo";
 pub const PORT: u16 = 7;
+/// From a pod's deletion to its SIGTERM.
+pub const KUBELET: Duration = Duration::from_millis(5);
 
 #[derive(Clone, Debug)]
 pub struct SceneSpec {
@@ -109,6 +112,35 @@ impl Scene {
         let web = self.add_unannounced(node, &name)?;
         self.announce(&web.pod, &Terms { serves: serves(SERVICE), ..Terms::default() })?;
         Ok(web)
+    }
+
+    /// A pod of the service goes for a new one on `node`, as in a rolling update: its deletion and SIGTERM are told at
+    /// once, the endpoints hear of it `late` after its end. Returns the new one, and what waits for that.
+    pub fn replace(&mut self, old: Web, node: usize, late: Duration) -> Result<(Web, JoinHandle<Result<()>>)> {
+        let new = self.add_web(node)?;
+        self.control.terminating(&old.pod.name)?;
+        thread::sleep(KUBELET);
+        old.server.sigterm()?;
+        let control = self.control.clone();
+        let ended = thread::spawn(move || -> Result<()> {
+            old.server.wait()?;
+            thread::sleep(late);
+            control.endpoint_gone(&old.pod.name)?;
+            control.pod_deleted(&old.pod.name)?;
+            old.pod.delete()
+        });
+        Ok((new, ended))
+    }
+
+    /// A counter of the tunnel, over the agents.
+    pub fn tunnel(&self, name: &str) -> Result<u64> {
+        self.agents.iter().map(|agent| Ok(agent.tunnel()?[name])).sum()
+    }
+
+    /// Wait until the service's pods and the client's are in the mesh.
+    pub fn wait_joined(&self) -> Result<()> {
+        let mut pods = self.webs.iter().map(|web| &web.pod).chain([&self.client]);
+        pods.try_for_each(|pod| self.agent(pod.node).wait_joined(&pod.name))
     }
 
     /// Tell all of the pod, and wait until it is enrolled.

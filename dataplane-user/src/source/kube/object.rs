@@ -7,8 +7,6 @@ use std::{collections::BTreeMap, net::IpAddr, sync::Arc};
 
 use serde::{Deserialize, Deserializer};
 
-use crate::model::GATEWAY_LABEL;
-
 /// Which kind of object a type is.
 pub trait Object: for<'de> Deserialize<'de> + Send + 'static {
     /// As `kubectl` names it.
@@ -16,13 +14,16 @@ pub trait Object: for<'de> Deserialize<'de> + Send + 'static {
     /// Of the collection, without a leading slash.
     const PATH: &'static str;
 
-    fn meta(&self) -> &Meta;
+    /// What is read of its labels.
+    type Labels;
+
+    fn meta(&self) -> &Meta<Self::Labels>;
 }
 
 /// Who an object is; all that a malformed one may have.
 #[derive(Clone, Debug, Default, Deserialize)]
-#[serde(default, rename_all = "camelCase")]
-pub struct Meta {
+#[serde(default, rename_all = "camelCase", bound = "L: Deserialize<'de> + Default")]
+pub struct Meta<L = Labels> {
     pub name: String,
     pub namespace: String,
     pub uid: String,
@@ -30,39 +31,28 @@ pub struct Meta {
     /// RFC 3339; only whether it is there counts.
     pub deletion_timestamp: Option<String>,
     #[serde(deserialize_with = "or_default")]
-    pub labels: Labels,
+    pub labels: L,
     #[serde(deserialize_with = "or_default")]
     pub annotations: Annotations,
 }
 
 /// The labels that mean something here.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Debug, Default, Deserialize, PartialEq, Eq)]
+#[serde(default)]
 pub struct Labels {
-    /// `istio.io/dataplane-mode`
+    #[serde(rename = "istio.io/dataplane-mode")]
     pub mode: Option<String>,
-    /// [`GATEWAY_LABEL`]
-    pub gateway: Option<String>,
-    /// `kubernetes.io/service-name`
+    #[serde(rename = "kubernetes.io/service-name")]
     pub service: Option<String>,
-    /// `topology.kubernetes.io/zone`
+    #[serde(rename = "topology.kubernetes.io/zone")]
     pub zone: Option<String>,
-    /// All of them, these too: what policies select by.
-    pub all: BTreeMap<Arc<str>, Arc<str>>,
 }
 
-impl<'de> Deserialize<'de> for Labels {
-    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
-        let all = BTreeMap::<Arc<str>, Arc<str>>::deserialize(deserializer)?;
-        let named = |name: &str| all.get(name).map(|value| value.as_ref().to_owned());
-        Ok(Self {
-            mode: named("istio.io/dataplane-mode"),
-            gateway: named(GATEWAY_LABEL),
-            service: named("kubernetes.io/service-name"),
-            zone: named("topology.kubernetes.io/zone"),
-            all,
-        })
-    }
-}
+/// `istio.io/dataplane-mode`
+pub const MODE_LABEL: &str = "istio.io/dataplane-mode";
+
+/// All labels of a pod of this node: what policies select by.
+pub type AllLabels = BTreeMap<Arc<str>, Arc<str>>;
 
 /// The annotations that mean something here.
 #[derive(Clone, Debug, Default, Deserialize, PartialEq, Eq)]
@@ -79,7 +69,7 @@ pub struct Annotations {
     pub config_hash: Option<String>,
 }
 
-impl Meta {
+impl<L> Meta<L> {
     /// namespace/name, or the name of what is in no namespace.
     pub fn full_name(&self) -> Arc<str> {
         if self.namespace.is_empty() {
@@ -96,18 +86,22 @@ fn or_default<'de, D: Deserializer<'de>, T: Deserialize<'de> + Default>(deserial
 
 macro_rules! object {
     ($ty:ident, $kind:literal, $path:literal) => {
+        object!($ty, $kind, $path, Labels);
+    };
+    ($ty:ident, $kind:literal, $path:literal, $labels:ty) => {
         impl Object for $ty {
             const KIND: &'static str = $kind;
             const PATH: &'static str = $path;
+            type Labels = $labels;
 
-            fn meta(&self) -> &Meta {
+            fn meta(&self) -> &Meta<$labels> {
                 &self.metadata
             }
         }
     };
 }
 
-object!(Pod, "pod", "api/v1/pods");
+object!(Pod, "pod", "api/v1/pods", AllLabels);
 object!(OtherPod, "pod", "api/v1/pods");
 object!(Service, "service", "api/v1/services");
 object!(Namespace, "namespace", "api/v1/namespaces");
@@ -117,7 +111,7 @@ object!(EndpointSlice, "endpointslice", "apis/discovery.k8s.io/v1/endpointslices
 #[derive(Clone, Debug, Default, Deserialize)]
 #[serde(default)]
 pub struct Pod {
-    pub metadata: Meta,
+    pub metadata: Meta<AllLabels>,
     #[serde(deserialize_with = "or_default")]
     pub spec: PodSpec,
     #[serde(deserialize_with = "or_default")]

@@ -14,7 +14,7 @@ use crate::{
         object::{Body, Key, Kind, Parsed, Read, read_as},
     },
     source::kube::{
-        object::{Meta, Object},
+        object::{Labels, Meta, Object},
         watch::{Failure, Malformed, Word, follow},
     },
 };
@@ -61,6 +61,8 @@ macro_rules! policy {
         impl Object for $ty {
             const KIND: &'static str = $kind;
             const PATH: &'static str = $path;
+
+            type Labels = Labels;
 
             fn meta(&self) -> &Meta {
                 &self.0.metadata

@@ -123,7 +123,7 @@ impl World {
     }
 
     /// Who a pod is. A name's next life, such as a StatefulSet's, is another pod: the former one's end was not heard of.
-    fn lives(&mut self, meta: &object::Meta) -> (Name, Uid) {
+    fn lives<L>(&mut self, meta: &object::Meta<L>) -> (Name, Uid) {
         let (name, uid) = (self.intern(&meta.full_name()), Uid::of(&meta.uid));
         let known = self.pods.get(&name).and_then(|known| known.pod.as_ref());
         if let Some(former) = known.filter(|pod| pod.uid != uid).map(|pod| pod.scope) {
@@ -308,14 +308,14 @@ impl World {
         let before = self.here_of(&name);
         let (process, was_enrolled) = before.map_or((None, false), |here| (here.process, here.was_enrolled));
         let (labels, account) = if self.mesh {
-            (meta.labels.all.clone(), Some(self.account(object.spec.service_account_name.as_deref())))
+            (meta.labels.clone(), Some(self.account(object.spec.service_account_name.as_deref())))
         } else {
-            let gateway = meta.labels.gateway.as_deref();
-            (gateway.map(|gateway| (model::GATEWAY_LABEL.into(), gateway.into())).into_iter().collect(), None)
+            let gateway = meta.labels.get_key_value(model::GATEWAY_LABEL);
+            (gateway.map(|(label, name)| (label.clone(), name.clone())).into_iter().collect(), None)
         };
         Here {
             uid: meta.annotations.config_hash.clone().unwrap_or_else(|| meta.uid.clone()),
-            mode: Mode::of(meta.labels.mode.as_deref()),
+            mode: Mode::of(meta.labels.get(object::MODE_LABEL).map(AsRef::as_ref)),
             labels,
             account,
             declared_gateway: meta.annotations.gateway.as_deref() == Some("true"),

@@ -173,7 +173,13 @@ fn put(world: &mut World, pod: &object::Pod, scope: Scope) {
                 host_network: pod.spec.host_network,
             };
             let status = object::OtherStatus { phase: pod.status.phase.clone(), pod_ips: pod.status.pod_ips.clone() };
-            world.other_pod(&object::OtherPod { metadata: pod.metadata.clone(), spec, status });
+            let object::Meta { name, namespace, uid, resource_version, deletion_timestamp, labels, annotations } =
+                pod.metadata.clone();
+            let mode = labels.get(object::MODE_LABEL).map(|mode| mode.to_string());
+            let labels = object::Labels { mode, ..object::Labels::default() };
+            let metadata =
+                object::Meta { name, namespace, uid, resource_version, deletion_timestamp, labels, annotations };
+            world.other_pod(&object::OtherPod { metadata, spec, status });
         }
     }
 }
