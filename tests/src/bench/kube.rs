@@ -250,6 +250,7 @@ async fn fill_pods(etcd: (Ipv4Addr, u16)) -> Result<()> {
         let transaction = json!({"success": puts.collect::<Vec<_>>()}).to_string();
         let request =
             http::Request::post("/v3/kv/txn").header("host", "etcd").body(Full::<Bytes>::from(transaction))?;
+        sender.ready().await?;
         let answer = sender.send_request(request).await?;
         let status = answer.status();
         let text = answer.into_body().collect().await?.to_bytes();
