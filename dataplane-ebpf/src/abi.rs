@@ -351,6 +351,8 @@ pub struct Tunnelled {
     pub generation: u32,
     /// `SOCKET_*`.
     pub flags: u32,
+    /// As in [`Socket`].
+    pub maps: u32,
 }
 
 /// How many services one unconnected UDP socket can talk to at a time.
@@ -650,7 +652,7 @@ sizes! {
     UdpSocket = 488,
     MeshAddress = 8,
     LocalConnection = 32,
-    Tunnelled = 36,
+    Tunnelled = 40,
     FlowKey = 36,
     Rebind = 40,
     Settings = 40,

@@ -1,6 +1,7 @@
 //! The agent: wires sources, registry, kernel and the admin socket on one thread.
 
 pub mod core;
+mod handover;
 mod instruments;
 mod mesh;
 mod prove;
@@ -8,26 +9,30 @@ mod report;
 
 use std::{
     cell::RefCell,
+    fs::{File, TryLockError},
     future::Future,
     path::Path,
     rc::Rc,
     time::{Duration, Instant},
 };
 
-use anyhow::Context as _;
+use anyhow::{Context as _, bail};
 use tokio::{
     io::{Interest, unix::AsyncFd},
-    signal::unix::{SignalKind, signal},
+    signal::unix::{Signal, SignalKind, signal},
     sync::{Notify, mpsc},
-    task::JoinSet,
+    task::{JoinSet, LocalSet},
     time::MissedTickBehavior,
 };
 use tracing::{debug, info, warn};
 
-use self::core::{Core, Phase, Shared};
+use self::{
+    core::{Core, Phase, Shared},
+    handover::{Door, Heir, Inheritance},
+};
 use crate::{
     admin,
-    config::{Config, LogFormat, OnExit, Source},
+    config::{Config, LogFormat, OnExit, Source, WhenReplaced},
     kernel::{self, Kernel, Opened, monotonic_ns},
     registry::Registry,
     signal, source,
@@ -38,10 +43,13 @@ const SWEEP: Duration = Duration::from_secs(1);
 /// How often the agent looks whether its programs are still attached everywhere.
 const CHECK: Duration = Duration::from_secs(3);
 
+/// How long the agent before is kept accepting for pods that are not served here yet.
+const JOIN_WITHIN: Duration = Duration::from_secs(10);
+
 /// How long after a failed proof the next one begins.
 const PROVE_AGAIN: Duration = Duration::from_secs(5);
 
-/// Runs in the foreground until SIGTERM or SIGINT.
+/// Runs in the foreground until SIGTERM or SIGINT, or until another agent has taken over.
 pub fn run(config: Config) -> anyhow::Result<()> {
     start_logging(config.log_format, &config.log_level)?;
     let runtime = tokio::runtime::Builder::new_current_thread()
@@ -49,12 +57,17 @@ pub fn run(config: Config) -> anyhow::Result<()> {
         .build()
         .context("the agent's event loop cannot be started")?;
     let (kernel, on_exit) = (config.kernel.clone(), config.on_exit);
-    runtime.block_on(tokio::task::LocalSet::new().run_until(serve(config)))?;
+    let tasks = Rc::new(LocalSet::new());
+    let fate = runtime.block_on(tasks.run_until(live(config, tasks.clone())))?;
+    drop(tasks);
     // Its lock goes with the agent's kernel side.
     drop(runtime);
-    match on_exit {
-        OnExit::Keep => info!("stopped; the kernel path stays in force (`hitless uninstall` removes it)"),
-        OnExit::Uninstall => {
+    match (fate, on_exit) {
+        (Fate::Replaced, _) => info!("stopped; another agent serves"),
+        (Fate::Stopped, OnExit::Keep) => {
+            info!("stopped; the kernel path stays in force (`hitless uninstall` removes it)");
+        }
+        (Fate::Stopped, OnExit::Uninstall) => {
             let removed = kernel::uninstall(&kernel)?;
             info!(links = removed.links, interface_hooks = removed.interface_hooks, "stopped and uninstalled");
         }
@@ -62,19 +75,161 @@ pub fn run(config: Config) -> anyhow::Result<()> {
     Ok(())
 }
 
-async fn serve(config: Config) -> anyhow::Result<()> {
-    // First of all: a signal during the start is not lost.
-    let mut terminate = signal(SignalKind::terminate())?;
-    let mut interrupt = signal(SignalKind::interrupt())?;
+/// Why an agent ends that nothing is wrong with.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Fate {
+    Stopped,
+    Replaced,
+}
 
+/// What tells the agent to stop.
+struct Signals {
+    terminate: Signal,
+    interrupt: Signal,
+}
+
+impl Signals {
+    fn new() -> std::io::Result<Self> {
+        Ok(Self { terminate: signal(SignalKind::terminate())?, interrupt: signal(SignalKind::interrupt())? })
+    }
+
+    async fn stop(&mut self) -> &'static str {
+        tokio::select! {
+            _ = self.terminate.recv() => "SIGTERM",
+            _ = self.interrupt.recv() => "SIGINT",
+        }
+    }
+}
+
+/// An agent's life: it serves, gives everything to an heir, and serves again if that one goes.
+async fn live(config: Config, tasks: Rc<LocalSet>) -> anyhow::Result<Fate> {
+    // First of all: a signal during the start is not lost.
+    let mut signals = Signals::new()?;
+    let (mut lock, mut inheritance) = claim(&config)?;
+    loop {
+        // What serves and has not ended by itself ends with its set.
+        let served = LocalSet::new().run_until(serve(&config, &tasks, &mut signals, inheritance)).await?;
+        let (heir, estate) = match served {
+            Served::Stopped => return Ok(Fate::Stopped),
+            Served::Replaced(heir, estate) => (heir, estate),
+        };
+        drop(lock);
+        let pods = estate.mesh.bequests();
+        let given = heir.give(estate.layout.clone(), &pods).await;
+        drop(pods);
+        if let Err(error) = &given {
+            warn!(pid = heir.pid, %error, "the agent that was to take over does not take it");
+        }
+        let serves = tokio::select! {
+            serves = heir.serves(), if given.is_ok() => serves,
+            // Whoever stops this one relies on the other.
+            _ = signals.stop(), if given.is_ok() => {
+                estate.end(&config).await;
+                return Ok(Fate::Replaced);
+            }
+            else => false,
+        };
+        if serves {
+            info!(pid = heir.pid, "another agent serves");
+            estate.end(&config).await;
+            match config.when_replaced {
+                WhenReplaced::Exit => return Ok(Fate::Replaced),
+                WhenReplaced::StandBy => {}
+            }
+            let Some(free) = stand_by(&config.state_dir, &mut signals).await else { return Ok(Fate::Replaced) };
+            info!("the agent that had taken over is gone: serving again");
+            (lock, inheritance) = (free, Inheritance::default());
+        } else {
+            // Another one may have been quicker.
+            let Some(free) = stand_by(&config.state_dir, &mut signals).await else { return Ok(Fate::Replaced) };
+            info!("serving again");
+            inheritance = Inheritance { pods: estate.mesh.bequests(), holder: None };
+            lock = free;
+            let config = config.clone();
+            // What it carries has its time, beside what is served anew.
+            tasks.spawn_local(async move { estate.end(&config).await });
+        }
+    }
+}
+
+/// The state directory's lock, from an agent that hands it over if need be.
+fn claim(config: &Config) -> anyhow::Result<(File, Inheritance)> {
+    let state_dir = &config.state_dir;
+    if let Some(lock) = try_lock(state_dir)? {
+        return Ok((lock, Inheritance::default()));
+    }
+    if !config.take_over {
+        bail!(
+            "another agent uses {}: stop it, take over from it (--take-over), or give this one another --state-dir and \
+             --name",
+            state_dir.display()
+        );
+    }
+    let inheritance = handover::take(state_dir)?;
+    let Some(lock) = try_lock(state_dir)? else {
+        bail!("another agent uses {}, although it was handed over: was a third one started?", state_dir.display());
+    };
+    info!(pods = inheritance.pods.len(), "took over from another agent");
+    Ok((lock, inheritance))
+}
+
+/// How often an agent in reserve looks whether it is needed.
+const NEEDED: Duration = Duration::from_millis(200);
+
+/// Until no other agent holds the state directory. None: told to stop.
+async fn stand_by(state_dir: &Path, signals: &mut Signals) -> Option<File> {
+    loop {
+        match try_lock(state_dir) {
+            Ok(Some(lock)) => return Some(lock),
+            Ok(None) => {}
+            Err(error) => warn!(%error, "in reserve"),
+        }
+        tokio::select! {
+            _ = signals.stop() => return None,
+            () = tokio::time::sleep(NEEDED) => {}
+        }
+    }
+}
+
+/// How serving ended well.
+enum Served {
+    Stopped,
+    Replaced(Heir, Estate),
+}
+
+/// What an agent that was replaced has left to do.
+struct Estate {
+    layout: String,
+    mesh: mesh::Mesh,
+    /// Policies and certificates: what is carried goes on obeying them.
+    _parts: JoinSet<anyhow::Result<()>>,
+}
+
+impl Estate {
+    /// Lets what is carried end.
+    async fn end(mut self, config: &Config) {
+        if let Some(settings) = &config.mesh {
+            self.mesh.close();
+            mesh::wait_for_carried(&self.mesh, settings.drain).await;
+        }
+    }
+}
+
+async fn serve(
+    config: &Config,
+    outlasting: &LocalSet,
+    signals: &mut Signals,
+    inheritance: Inheritance,
+) -> anyhow::Result<Served> {
     let ready_file = config.ready_file.clone().map(ReadyFile::new);
-    let _lock = lock(&config.state_dir)?;
+    let door = Door::open(&config.state_dir)
+        .with_context(|| format!("state directory {}: no socket can be made there", config.state_dir.display()))?;
     let Opened { kernel, seed, adopted, events, mut outcomes, logger } = Kernel::open(config.kernel.clone())?;
     if adopted {
         info!(layout = kernel.layout(), backends = seed.backends.len(), "adopted the kernel path of an earlier agent");
     }
     let registry = Registry::with_limits(seed, config.limits()).with_mesh(config.mesh.is_some());
-    let mut tasks = JoinSet::new();
+    let (mut tasks, mut parts) = (JoinSet::new(), JoinSet::new());
     // What SIGHUP has read again.
     let rereads = [Rc::new(Notify::new()), Rc::new(Notify::new())];
     let api = match &config.source {
@@ -83,13 +238,17 @@ async fn serve(config: Config) -> anyhow::Result<()> {
     };
     let mesh = match &config.mesh {
         Some(settings) => {
-            let (mesh, parts) = mesh::Mesh::start(settings, kernel.tunnel_maps(), rereads[1].clone(), api.clone())?;
-            parts.into_iter().for_each(|(name, part)| spawn(&mut tasks, name, part));
+            let (reread, pods) = (rereads[1].clone(), inheritance.pods);
+            let (mesh, of_mesh) = mesh::Mesh::start(settings, kernel.tunnel_maps(), reread, api.clone(), pods)?;
+            for (name, part) in of_mesh {
+                parts.spawn_local_on(async move { part.await.with_context(|| format!("{name} failed")) }, outlasting);
+            }
             mesh
         }
         None => mesh::Mesh::none(&kernel.tunnel_maps())?,
     };
     let core: Shared = Rc::new(RefCell::new(Core::new(registry, kernel, adopted, mesh)));
+    core.borrow_mut().holder = inheritance.holder;
     if config.mesh.is_some() {
         spawn(&mut tasks, "mesh", mesh::tend(core.clone()));
     }
@@ -162,26 +321,39 @@ async fn serve(config: Config) -> anyhow::Result<()> {
     );
 
     let ended = tokio::select! {
-        _ = terminate.recv() => Ok("SIGTERM"),
-        _ = interrupt.recv() => Ok("SIGINT"),
+        signal = signals.stop() => Ok(Err(signal)),
+        heir = door.heir() => Ok(Ok(heir)),
         Some(ended) = tasks.join_next() => Err(ended),
+        Some(ended) = parts.join_next() => Err(ended),
     };
-    if let (Some(settings), Ok(_)) = (&config.mesh, &ended) {
+    if let (Some(settings), Ok(Err(_))) = (&config.mesh, &ended) {
         mesh::drain(&core, settings.drain).await;
     }
     tasks.shutdown().await;
     drop(ready_file);
+    drop(door);
     let _ = std::fs::remove_file(&admin_socket);
     drop(admin_server);
     if let Source::Stream(path) = &config.source {
         let _ = std::fs::remove_file(path);
     }
     match ended {
-        Ok(signal) => info!(signal, "stopping"),
+        Ok(Err(signal)) => {
+            info!(signal, "stopping");
+            Ok(Served::Stopped)
+        }
+        Ok(Ok(heir)) => {
+            info!(pid = heir.pid, "another agent takes over");
+            let mut core = core.borrow_mut();
+            let layout = core.kernel.layout().to_owned();
+            Ok(Served::Replaced(heir, Estate { layout, mesh: std::mem::take(&mut core.mesh), _parts: parts }))
+        }
         // Tasks run for as long as the agent does: whatever ended is broken.
-        Err(ended) => ended.context("a part of the agent panicked")??,
+        Err(ended) => {
+            ended.context("a part of the agent panicked")??;
+            bail!("a part of the agent ended by itself")
+        }
     }
-    Ok(())
 }
 
 /// What is to be let into a pod is known before the pod is.
@@ -239,6 +411,12 @@ async fn get_ready(core: Shared, config: Config, file: Option<Rc<ReadyFile>>) ->
     if let Some(file) = file {
         file.write();
     }
+    if core.borrow().holder.is_some() {
+        let _ = tokio::time::timeout(JOIN_WITHIN, mesh::joined(&core)).await;
+        if let Some(holder) = core.borrow_mut().holder.take() {
+            holder.serving();
+        }
+    }
     std::future::pending().await
 }
 
@@ -253,22 +431,19 @@ async fn kernel_log(logger: aya_log::EbpfLogger<&'static dyn log::Log>) -> std::
     }
 }
 
-/// One agent per state directory: its sockets' names are this one's while the answer lives.
-fn lock(state_dir: &Path) -> anyhow::Result<std::fs::File> {
+/// One agent per state directory: its sockets' names are this one's while the lock is held. None: another one's.
+fn try_lock(state_dir: &Path) -> anyhow::Result<Option<File>> {
     let make = || {
         std::fs::create_dir_all(state_dir)?;
-        std::fs::File::create(state_dir.join("lock"))
+        File::create(state_dir.join("lock"))
     };
     let file = make().with_context(|| {
         format!("state directory {}: cannot be made; name another with --state-dir", state_dir.display())
     })?;
     match file.try_lock() {
-        Ok(()) => Ok(file),
-        Err(std::fs::TryLockError::WouldBlock) => anyhow::bail!(
-            "another agent uses {}: stop it, or give this one another --state-dir and --name",
-            state_dir.display()
-        ),
-        Err(std::fs::TryLockError::Error(error)) => {
+        Ok(()) => Ok(Some(file)),
+        Err(TryLockError::WouldBlock) => Ok(None),
+        Err(TryLockError::Error(error)) => {
             Err(error).with_context(|| format!("state directory {}: cannot be locked", state_dir.display()))
         }
     }

@@ -101,6 +101,16 @@ pub struct Options {
     #[arg(long, env = "HITLESS_ON_EXIT", value_name = "WHAT")]
     pub on_exit: Option<OnExit>,
 
+    /// Take over from an agent that runs on the same state directory, with all connections that wait in its
+    /// listeners, instead of refusing to start
+    #[arg(long, env = "HITLESS_TAKE_OVER", value_name = "BOOL", num_args = 0..=1, default_missing_value = "true")]
+    pub take_over: Option<bool>,
+
+    /// What an agent does that another one took over from: exit, or stand-by (it serves again when that one is gone;
+    /// for DaemonSets, which would start one that exits again) [default: exit]
+    #[arg(long, env = "HITLESS_WHEN_REPLACED", value_name = "WHAT")]
+    pub when_replaced: Option<WhenReplaced>,
+
     /// A file to be written once the agent is ready, and removed when it stops
     #[arg(long, env = "HITLESS_READY_FILE", value_name = "PATH")]
     pub ready_file: Option<PathBuf>,
@@ -183,6 +193,8 @@ pub struct Config {
     pub layers: Layers,
     pub canary: bool,
     pub on_exit: OnExit,
+    pub take_over: bool,
+    pub when_replaced: WhenReplaced,
     pub ready_file: Option<PathBuf>,
     /// Where metrics are served.
     pub metrics: Option<std::net::SocketAddr>,
@@ -260,6 +272,8 @@ impl Options {
             tcx,
             canary,
             on_exit,
+            take_over,
+            when_replaced,
             ready_file,
             metrics_address,
             log_format,
@@ -325,6 +339,8 @@ impl Options {
             layers,
             canary: self.canary.unwrap_or_default() == Switch::On,
             on_exit: self.on_exit.unwrap_or_default(),
+            take_over: self.take_over.unwrap_or(false),
+            when_replaced: self.when_replaced.unwrap_or_default(),
             ready_file: self.ready_file,
             metrics: self.metrics_address.map_or(unset, |address| address.0),
             mesh,
@@ -633,6 +649,16 @@ pub enum OnExit {
 }
 
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, ValueEnum, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum WhenReplaced {
+    /// Let what it carries end, and exit
+    #[default]
+    Exit,
+    /// Let what it carries end, and wait for the other agent to go
+    StandBy,
+}
+
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, ValueEnum, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum LogFormat {
     #[default]
@@ -674,6 +700,8 @@ mark: '0x10'
 tcx: off
 canary: off
 on-exit: uninstall
+take-over: true
+when-replaced: stand-by
 ready-file: /run/x/ready
 mtls: on
 trust-domain: example.org

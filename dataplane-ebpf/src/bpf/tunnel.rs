@@ -139,8 +139,9 @@ pub fn connecting(ctx: &SockOpsContext, stored: &Socket) {
         _pad: 0,
     };
     let written = if stored.flags & SOCKET_TUNNELLED != 0 {
-        let Socket { original, service, backend, generation, flags, .. } = *stored;
-        TUNNELLED.insert(key, Tunnelled { original, service, backend, generation, flags }, u64::from(BPF_ANY))
+        let Socket { original, service, backend, generation, flags, maps, .. } = *stored;
+        let value = Tunnelled { original, service, backend, generation, flags, maps };
+        TUNNELLED.insert(key, value, u64::from(BPF_ANY))
     } else {
         DELIVERIES.insert(key, stored.original, u64::from(BPF_ANY))
     };

@@ -14,7 +14,7 @@ use dataplane_ebpf::{abi, health::Input};
 use tokio::sync::{Notify, broadcast, watch};
 use tracing::{debug, error, info, warn};
 
-use super::mesh::Mesh;
+use super::{handover::Holder, mesh::Mesh};
 use crate::{
     admin::protocol::{EventRow, Hook, Names},
     kernel::{Attached, Kernel, Notice, Outcome, canary::SERVER_POD, monotonic_ns, trim_heap},
@@ -61,6 +61,8 @@ pub struct Core {
     pub registry: Registry,
     pub kernel: Kernel,
     pub source: SourceState,
+    /// The agent that this one follows, while it goes on accepting connections of the mesh.
+    pub holder: Option<Holder>,
     pub adopted: bool,
     pub phase: watch::Sender<Phase>,
     /// Rung when a pod's enrolment ended, either way.
@@ -98,6 +100,7 @@ impl Core {
             registry,
             kernel,
             source: SourceState::default(),
+            holder: None,
             adopted,
             phase: watch::Sender::new(Phase::Waiting),
             enrolled: Rc::default(),
@@ -127,7 +130,7 @@ impl Core {
         let mut written = self.write(&mut problems);
         let at_ns = monotonic_ns();
         problems.extend(in_mesh);
-        problems.extend(self.mesh.settle(&self.registry));
+        problems.extend(self.mesh.settle(&self.registry, &mut self.kernel));
         problems.extend(self.registry.settle(&mut self.changes));
         written += self.write(&mut problems);
 
@@ -169,6 +172,10 @@ impl Core {
     pub fn activate(&mut self) {
         if !self.registry.synced() || *self.phase.borrow() != Phase::Waiting {
             return;
+        }
+        // From here on programs number backends otherwise than it does.
+        if let Some(holder) = self.holder.take_if(|holder| holder.layout != self.kernel.layout()) {
+            holder.serving();
         }
         match self.kernel.activate() {
             Ok(attached) => {

@@ -3,8 +3,10 @@
 
 use std::{
     collections::{BTreeMap, BTreeSet, HashMap},
+    fs::Metadata,
     future::Future,
     net::IpAddr,
+    os::unix::fs::MetadataExt as _,
     path::PathBuf,
     pin::Pin,
     rc::Rc,
@@ -31,7 +33,7 @@ use crate::{
         change::{Change, Netns, PodId},
     },
     source,
-    tunnel::{Count, Opened, Shared, Tunnel},
+    tunnel::{Bequest, Count, Opened, Shared, Tunnel},
 };
 
 /// How often listeners that could not be opened are tried again, and the node's addresses looked at.
@@ -45,6 +47,7 @@ const PROBES: [&str; 2] = ["169.254.7.127", "fd16:9254:7127:1337:ffff:ffff:ffff:
 pub type Part = (&'static str, Pin<Box<dyn Future<Output = std::io::Result<()>>>>);
 
 /// All of it; none when the agent has no mesh.
+#[derive(Default)]
 pub struct Mesh(Option<Parts>);
 
 struct Parts {
@@ -56,6 +59,8 @@ struct Parts {
     /// Pods whose listeners are to be opened.
     unopened: HashMap<PodId, (Arc<str>, PathBuf)>,
     open: BTreeSet<PodId>,
+    /// What an agent before had open, by the network namespace's device and inode.
+    inherited: HashMap<(u64, u64), Bequest>,
     /// Rung when there is one more to open.
     wanted: Rc<Notify>,
     /// `MESH` was compared with what is wanted.
@@ -63,12 +68,14 @@ struct Parts {
 }
 
 impl Mesh {
-    /// Opens the sources of policies and of identities. `reread` is rung by SIGHUP; `api`: where policies may be, too.
+    /// Opens the sources of policies and of identities. `reread` is rung by SIGHUP; `api`: where policies may be, too;
+    /// `bequests`: what the agent before had open.
     pub fn start(
         settings: &MeshSettings,
         maps: TunnelMaps,
         reread: Rc<Notify>,
         api: Option<kube::Client>,
+        bequests: Vec<Bequest>,
     ) -> anyhow::Result<(Self, Vec<Part>)> {
         let policies = Arc::new(Enforcement::new(&settings.root_namespace));
         let mut parts: Vec<Part> = Vec::new();
@@ -103,6 +110,7 @@ impl Mesh {
             maps,
             unopened: HashMap::new(),
             open: BTreeSet::new(),
+            inherited: bequests.into_iter().filter_map(|one| Some((identify(one.netns.metadata().ok()?), one))).collect(),
             wanted: Rc::default(),
             reconciled: false,
         };
@@ -130,12 +138,26 @@ impl Mesh {
     }
 
     /// After it: pods here have their numbers now.
-    pub fn settle(&mut self, registry: &Registry) -> Vec<Problem> {
+    pub fn settle(&mut self, registry: &Registry, kernel: &mut Kernel) -> Vec<Problem> {
         let Some(mesh) = &mut self.0 else { return Vec::new() };
         if mesh.directory.number(|name| registry.pod_id(name)) {
             mesh.store.want(mesh.directory.here().map(|workload| &workload.identity));
         }
+        mesh.adopt(kernel);
         mesh.flush(registry.synced())
+    }
+
+    /// The listeners of all pods here, for an agent that takes over.
+    pub fn bequests(&self) -> Vec<Bequest> {
+        self.0.as_ref().map_or(Vec::new(), |mesh| mesh.tunnel.bequests())
+    }
+
+    /// Another agent accepts from now on; peers are told to open no more streams to this one.
+    pub fn close(&mut self) {
+        if let Some(mesh) = &self.0 {
+            mesh.tunnel.close();
+            mesh.tunnel.drain_all();
+        }
     }
 
     /// What the kernel is about to be told of pods here.
@@ -191,14 +213,8 @@ impl Mesh {
         let Some(mesh) = &mut self.0 else { return Ok(()) };
         let pod = opened.pod();
         let Some((name, _)) = mesh.unopened.remove(&pod) else { return Ok(()) };
-        let port = opened.port();
-        let addresses = mesh.directory.get(&name).map_or(Vec::new(), |workload| workload.addresses.clone());
-        mesh.tunnel.admit(opened, &addresses)?;
-        kernel.set_outbound(pod, port)?;
-        mesh.open.insert(pod);
-        mesh.directory.set_listening(&name, pod, true);
+        mesh.admit(&name, opened, kernel)?;
         mesh.flush(true);
-        info!(pod = %name, port, "pod joined the mesh");
         Ok(())
     }
 
@@ -211,6 +227,37 @@ impl Mesh {
 }
 
 impl Parts {
+    fn admit(&mut self, name: &str, opened: Opened, kernel: &mut Kernel) -> Result<(), Error> {
+        let (pod, port) = (opened.pod(), opened.port());
+        let addresses = self.directory.get(name).map_or(Vec::new(), |workload| workload.addresses.clone());
+        self.tunnel.admit(opened, &addresses)?;
+        kernel.set_outbound(pod, port)?;
+        self.open.insert(pod);
+        self.directory.set_listening(name, pod, true);
+        info!(pod = %name, port, "pod joined the mesh");
+        Ok(())
+    }
+
+    /// Pods whose listeners an agent before handed over join at once: nothing is to come between.
+    fn adopt(&mut self, kernel: &mut Kernel) {
+        if self.inherited.is_empty() {
+            return;
+        }
+        let unopened: Vec<_> = self.unopened.iter().map(|(pod, at)| (*pod, at.clone())).collect();
+        for (pod, (name, netns)) in unopened {
+            let found = std::fs::metadata(&netns).ok().and_then(|netns| self.inherited.remove(&identify(netns)));
+            let Some(bequest) = found else { continue };
+            let adopted = self.tunnel.adopt(pod, name.clone(), bequest).map_err(|error| error.to_string());
+            let admitted =
+                adopted.and_then(|opened| self.admit(&name, opened, kernel).map_err(|error| error.to_string()));
+            match admitted {
+                Ok(()) => drop(self.unopened.remove(&pod)),
+                // Opened anew, then.
+                Err(error) => warn!(pod = %name, error, "the listeners of the agent before cannot be used"),
+            }
+        }
+    }
+
     fn release(&mut self, pod: PodId, kernel: Option<&mut Kernel>) {
         self.unopened.remove(&pod);
         if !self.open.remove(&pod) {
@@ -229,7 +276,7 @@ impl Parts {
 
     /// Writes what the directory wants; `synced`: everything was told once, and what is not wanted can go.
     fn flush(&mut self, synced: bool) -> Vec<Problem> {
-        let mut writes = self.directory.take_writes();
+        let mut writes = newest(self.directory.take_writes());
         if synced && !std::mem::replace(&mut self.reconciled, synced) {
             let wanted = self.directory.wanted();
             match self.maps.addresses() {
@@ -252,6 +299,17 @@ impl Parts {
         }
         problems
     }
+}
+
+/// A network namespace, as long as it lives.
+fn identify(netns: Metadata) -> (u64, u64) {
+    (netns.dev(), netns.ino())
+}
+
+/// The last word on each address: nobody is to see what was meant only for a moment.
+fn newest(writes: Vec<Write>) -> Vec<Write> {
+    let last: HashMap<IpAddr, usize> = writes.iter().enumerate().map(|(at, write)| (write.addr, at)).collect();
+    writes.into_iter().enumerate().filter(|(at, write)| last[&write.addr] == *at).map(|(_, write)| write).collect()
 }
 
 /// What may enter a pod here beside HBONE.
@@ -277,6 +335,14 @@ pub async fn policies_known(core: &SharedCore) {
         warn!("the policies are not known yet: nothing enters the pods of the mesh here until they are");
     }
     core.borrow_mut().mesh.policies_changed();
+}
+
+/// Until every pod here has its listeners, and a certificate to answer with.
+pub async fn joined(core: &SharedCore) {
+    let waiting = |mesh: &Parts| !mesh.unopened.is_empty() || mesh.store.numbers().waiting > 0;
+    while core.borrow().mesh.0.as_ref().is_some_and(waiting) {
+        tokio::time::sleep(Duration::from_millis(20)).await;
+    }
 }
 
 /// Opens listeners as they are wanted, follows the policies and the node's addresses.
@@ -334,6 +400,17 @@ pub async fn drain(core: &SharedCore, within: Duration) {
         mesh.tunnel.drain_all();
         mesh.tunnel.shared().clone()
     };
+    wait_for(&shared, within).await;
+}
+
+/// Lets what an agent carries end that accepts no more.
+pub async fn wait_for_carried(mesh: &Mesh, within: Duration) {
+    if let Some(mesh) = &mesh.0 {
+        wait_for(mesh.tunnel.shared(), within).await;
+    }
+}
+
+async fn wait_for(shared: &Shared, within: Duration) {
     let ended = async {
         while shared.active() > 0 {
             tokio::time::sleep(Duration::from_millis(20)).await;

@@ -8,7 +8,7 @@ use serde_json::Value;
 
 use super::{
     Cluster, Config, LogFormat, MapSizes, Mark, MeshOptions, MetricsAddress, OnExit, Options, Place, Span, Switch,
-    TcxUse,
+    TcxUse, WhenReplaced,
 };
 use crate::kernel::{self, Sizes};
 
@@ -71,6 +71,8 @@ impl Options {
             tcx: Some(TcxUse::default()),
             canary: Some(Switch::default()),
             on_exit: Some(OnExit::default()),
+            take_over: Some(false),
+            when_replaced: Some(WhenReplaced::default()),
             metrics_address: Some(MetricsAddress(None)),
             mesh: MeshOptions {
                 mtls: Some(Switch::Off),

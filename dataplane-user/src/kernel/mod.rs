@@ -49,7 +49,7 @@ pub use error::Error;
 pub use events::Events;
 pub use links::Attached;
 pub use maps::Sizes;
-pub use netns::cookie as netns_cookie;
+pub use netns::{cookie as netns_cookie, cookie_of as socket_netns_cookie};
 pub use pins::cgroup2_root;
 pub use reader::Reader;
 pub use snapshot::{LinkState, Removed, Snapshot, State, snapshot, uninstall};

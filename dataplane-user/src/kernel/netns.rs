@@ -57,6 +57,11 @@ pub fn cookie() -> io::Result<u64> {
         nix::sys::socket::SockFlag::SOCK_CLOEXEC,
         None,
     )?;
+    cookie_of(socket.as_fd())
+}
+
+/// The cookie of a socket's network namespace.
+pub fn cookie_of(socket: BorrowedFd<'_>) -> io::Result<u64> {
     let (mut cookie, mut length) = (0_u64, size_of::<u64>() as libc::socklen_t);
     // SAFETY: the buffer is a u64 and its length is passed.
     let result = unsafe {

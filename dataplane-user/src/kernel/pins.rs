@@ -29,7 +29,7 @@ use dataplane_ebpf::abi;
 use super::{Config, error::Error, object::OBJECT};
 
 /// Maps whose content outlives a change of the state layout.
-pub const FLOW_MAPS: &[&str] = &["SOCKETS", "UDP_SOCKETS", "REBINDS", "REBOUND"];
+pub const FLOW_MAPS: &[&str] = &["SOCKETS", "UDP_SOCKETS", "REBINDS", "REBOUND", "TUNNELLED", "DELIVERIES"];
 
 const NEW: &str = "new-";
 const OLD: &str = "old-";

@@ -9,7 +9,7 @@ use std::{
 
 use dataplane_ebpf::{
     abi::{
-        Addr, Endpoint, LAYER_CHOOSE, LocalConnection, MeshAddress, PROTO_TCP, SOCKET_DELIVERY, SUSPECT_WINDOW_NS,
+        Addr, Endpoint, Frontend, LAYER_CHOOSE, LocalConnection, MeshAddress, PROTO_TCP, SOCKET_DELIVERY, SOCKET_DIRECT, SUSPECT_WINDOW_NS,
         Service, Slot, SlotKey, Socket, SuspectKey, Suspects, Tunnelled,
     },
     choose::{self, Best, SCAN},
@@ -51,11 +51,21 @@ impl TunnelMaps {
             listener_port_be: listener_port.to_be(),
             _pad: 0,
         };
-        let found = self.0.tunnelled.get(&key)?;
-        if found.is_some() {
-            self.0.tunnelled.delete(&key)?;
-        }
-        Ok(found)
+        let Some(found) = self.0.tunnelled.get::<_, Tunnelled>(&key)? else { return Ok(None) };
+        self.0.tunnelled.delete(&key)?;
+        if found.maps == self.0.number { Ok(Some(found)) } else { self.adopt(found).map(Some) }
+    }
+
+    /// A connection that was led here under other maps, whose numbers mean nothing in these: an upgrade came between.
+    fn adopt(&self, found: Tunnelled) -> Result<Tunnelled, Error> {
+        let service = if found.service == 0 {
+            0
+        } else if found.flags & SOCKET_DIRECT != 0 {
+            self.group_of(address::socket(&found.original))?.map_or(0, |(_, group)| group)
+        } else {
+            self.0.frontends.get::<_, Frontend>(&found.original)?.map_or(0, |frontend| frontend.service)
+        };
+        Ok(Tunnelled { service, backend: 0, generation: 0, maps: self.0.number, ..found })
     }
 
     /// Before it connects to an application: the socket does so for that client.

@@ -17,9 +17,10 @@ use std::{
     fmt,
     fs::File,
     io,
+    os::fd::AsFd as _,
     path::PathBuf,
     sync::{
-        Arc, PoisonError, RwLock,
+        Arc, Mutex, PoisonError, RwLock,
         atomic::{AtomicU64, Ordering::Relaxed},
     },
 };
@@ -28,9 +29,9 @@ use tokio::sync::{mpsc::UnboundedSender, watch};
 
 pub use access::host_of;
 pub use counts::{Count, Counts, Pooled};
+pub use sockets::Listeners;
 
 use self::{
-    sockets::Listeners,
     traffic::Traffic,
     worker::{Order, Worker},
 };
@@ -147,6 +148,24 @@ pub struct LocalPod {
     /// Of the listeners on its loopback.
     port: u16,
     phase: watch::Sender<Phase>,
+    /// Those that the workers have, for an agent that takes over.
+    listeners: Mutex<Vec<Listeners>>,
+}
+
+/// A pod's listeners on their way from one agent to the next: open all the while, with all who wait in them.
+#[derive(Debug)]
+pub struct Bequest {
+    /// namespace/name
+    pub name: Arc<str>,
+    pub netns: File,
+    pub port: u16,
+    pub listeners: Vec<Listeners>,
+}
+
+impl LocalPod {
+    fn new(id: PodId, name: Arc<str>, netns: File, cookie: u64, port: u16) -> Self {
+        Self { id, name, netns, cookie, port, phase: watch::Sender::default(), listeners: Mutex::default() }
+    }
 }
 
 /// The agent's side of the tunnel.
@@ -158,10 +177,21 @@ pub struct Tunnel {
 /// A pod's listeners, not yet at work.
 pub struct Opened {
     pod: Arc<LocalPod>,
-    listeners: Vec<Listeners>,
+    /// Per worker.
+    listeners: Vec<Vec<Listeners>>,
 }
 
 impl Opened {
+    fn new(pod: LocalPod, listeners: Vec<Listeners>, workers: usize) -> io::Result<Self> {
+        let kept = listeners.iter().map(Listeners::try_clone).collect::<Result<_, _>>()?;
+        let mut spread: Vec<_> = (0..workers).map(|_| Vec::new()).collect();
+        for (number, listeners) in listeners.into_iter().enumerate() {
+            spread[number % workers].push(listeners);
+        }
+        let pod = Arc::new(LocalPod { listeners: Mutex::new(kept), ..pod });
+        Ok(Self { pod, listeners: spread })
+    }
+
     /// Where the kernel is to lead connects to.
     pub fn port(&self) -> u16 {
         self.pod.port
@@ -192,10 +222,56 @@ impl Tunnel {
             let open = move || {
                 let netns = File::open(netns)?;
                 let sockets::Listening { cookie, port, listeners } = sockets::listen(&netns, workers)?;
-                let phase = watch::Sender::default();
-                Ok(Opened { pod: Arc::new(LocalPod { id, name, netns, cookie, port, phase }), listeners })
+                Opened::new(LocalPod::new(id, name, netns, cookie, port), listeners, workers)
             };
             tokio::task::spawn_blocking(open).await.map_err(io::Error::other)?
+        }
+    }
+
+    /// Takes those on that an agent before had open there.
+    pub fn adopt(&self, id: PodId, name: Arc<str>, bequest: Bequest) -> io::Result<Opened> {
+        let Bequest { netns, port, mut listeners, .. } = bequest;
+        let workers = self.workers.len();
+        let Some(first) = listeners.first() else {
+            return Err(io::Error::new(io::ErrorKind::InvalidInput, "no listener was handed over"));
+        };
+        let cookie = crate::kernel::socket_netns_cookie(first.v4.as_fd())?;
+        if listeners.len() < workers {
+            // Some workers without work are better than a pod without listeners.
+            match sockets::join(&netns, port, workers - listeners.len()) {
+                Ok(more) => listeners.extend(more),
+                Err(error) => tracing::warn!(pod = %name, %error, "not every worker listens there"),
+            }
+        }
+        Opened::new(LocalPod::new(id, name, netns, cookie, port), listeners, workers)
+    }
+
+    /// For the agent that takes over. Both may accept from them.
+    pub fn bequests(&self) -> Vec<Bequest> {
+        let pods: Vec<_> =
+            self.shared.pods.read().unwrap_or_else(PoisonError::into_inner).values().cloned().collect();
+        let bequest = |pod: &Arc<LocalPod>| {
+            let listeners = pod.listeners.lock().unwrap_or_else(PoisonError::into_inner);
+            let listeners = listeners.iter().map(Listeners::try_clone).collect::<Result<_, _>>()?;
+            io::Result::Ok(Bequest { name: pod.name.clone(), netns: pod.netns.try_clone()?, port: pod.port, listeners })
+        };
+        let bequests = pods.iter().filter_map(|pod| match bequest(pod) {
+            Ok(bequest) => Some(bequest),
+            Err(error) => {
+                tracing::warn!(pod = %pod.name, %error, "its listeners are not handed over");
+                None
+            }
+        });
+        bequests.collect()
+    }
+
+    /// Accepts no more: another agent does. What is carried goes on.
+    pub fn close(&self) {
+        for worker in &self.workers {
+            let _ = worker.send(Order::Close);
+        }
+        for pod in self.shared.pods.read().unwrap_or_else(PoisonError::into_inner).values() {
+            pod.listeners.lock().unwrap_or_else(PoisonError::into_inner).clear();
         }
     }
 
@@ -204,7 +280,7 @@ impl Tunnel {
         let Opened { pod, listeners } = opened;
         for addr in addresses {
             // One of the group; the kernel spreads connections over it.
-            if let Some(listener) = listeners.first().and_then(|listeners| listeners.of(addr)) {
+            if let Some(listener) = listeners.iter().flatten().next().and_then(|listeners| listeners.of(addr)) {
                 self.shared.maps.take_inbound(*addr, listener)?;
             }
         }
@@ -240,6 +316,8 @@ impl Tunnel {
         let released = self.shared.pods.write().unwrap_or_else(PoisonError::into_inner).remove(&pod);
         if let Some(pod) = released {
             pod.phase.send_replace(Phase::Draining);
+            // What it carries may hold the pod for long; nobody is to wait in its listeners meanwhile.
+            pod.listeners.lock().unwrap_or_else(PoisonError::into_inner).clear();
             for worker in &self.workers {
                 let _ = worker.send(Order::Release(pod.id));
             }

@@ -36,6 +36,11 @@ pub struct Listeners {
 }
 
 impl Listeners {
+    /// The same sockets, by descriptors of their own.
+    pub fn try_clone(&self) -> io::Result<Self> {
+        Ok(Self { v4: self.v4.try_clone()?, v6: self.v6.as_ref().map(TcpListener::try_clone).transpose()? })
+    }
+
     /// That which takes connections to an address of the pod.
     pub fn of(&self, addr: &IpAddr) -> Option<BorrowedFd<'_>> {
         match addr.to_canonical() {
@@ -53,13 +58,13 @@ pub struct Listening {
     pub listeners: Vec<Listeners>,
 }
 
-/// Listeners for that many workers on one port of the pod's loopback. Another agent's have another one: at a hand-over
-/// nobody's queue is thrown away.
+/// Listeners for that many workers on one port of the pod's loopback. Another agent's have another one, unless it hands
+/// them over: nobody's queue is thrown away.
 pub fn listen(netns: &File, workers: usize) -> io::Result<Listening> {
     within(netns.as_fd(), || {
         let mut last = None;
         for _ in 0..TRIES {
-            match listen_here(workers) {
+            match listen_at(0, workers) {
                 Err(error) if error.kind() == io::ErrorKind::AddrInUse => last = Some(error),
                 result => return result,
             }
@@ -68,9 +73,14 @@ pub fn listen(netns: &File, workers: usize) -> io::Result<Listening> {
     })
 }
 
-fn listen_here(workers: usize) -> io::Result<Listening> {
+/// More of them on a port that has some already.
+pub fn join(netns: &File, port: u16, workers: usize) -> io::Result<Vec<Listeners>> {
+    within(netns.as_fd(), || Ok(listen_at(port, workers)?.listeners))
+}
+
+/// In this thread's network namespace. Port 0: one that is free.
+fn listen_at(mut port: u16, workers: usize) -> io::Result<Listening> {
     let cookie = crate::kernel::netns_cookie()?;
-    let mut port = 0;
     let mut listeners = Vec::with_capacity(workers);
     for _ in 0..workers {
         let v4 = listener(SocketAddr::new(Ipv4Addr::LOCALHOST.into(), port))?;

@@ -35,8 +35,10 @@ const BREATH: Duration = Duration::from_millis(20);
 
 /// What the agent's thread tells a worker.
 pub enum Order {
-    Serve { pod: Arc<LocalPod>, listeners: Listeners },
+    Serve { pod: Arc<LocalPod>, listeners: Vec<Listeners> },
     Release(PodId),
+    /// Accept no more anywhere; what is carried goes on.
+    Close,
 }
 
 /// A worker's own: shared with no other thread.
@@ -83,6 +85,7 @@ impl Worker {
                 order = orders.recv() => match order {
                     Some(Order::Serve { pod, listeners }) => self.accept_in(&pod, listeners),
                     Some(Order::Release(pod)) => self.release(pod),
+                    Some(Order::Close) => self.close(),
                     None => return,
                 },
                 _ = sweep.tick() => {
@@ -94,9 +97,9 @@ impl Worker {
         }
     }
 
-    fn accept_in(self: &Rc<Self>, pod: &Arc<LocalPod>, listeners: Listeners) {
+    fn accept_in(self: &Rc<Self>, pod: &Arc<LocalPod>, listeners: Vec<Listeners>) {
         let mut accepting = Vec::new();
-        for listener in [Some(listeners.v4), listeners.v6].into_iter().flatten() {
+        for listener in listeners.into_iter().flat_map(|Listeners { v4, v6 }| [Some(v4), v6]).flatten() {
             match TcpListener::from_std(listener) {
                 Ok(listener) => accepting.push(spawn_local(accept(self.clone(), pod.clone(), listener))),
                 Err(error) => warn!(pod = %pod.name, %error, "its listener cannot be waited for"),
@@ -117,6 +120,10 @@ impl Worker {
         };
         self.contexts.retain(|id| living.contains(id));
         self.pool.forget(|key| !living.contains(&key.source));
+    }
+
+    fn close(&self) {
+        self.accepting.borrow().values().flatten().for_each(JoinHandle::abort);
     }
 
     /// xorshift32 (Marsaglia 2003): spreads, guards nothing.

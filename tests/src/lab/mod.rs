@@ -28,7 +28,7 @@ pub use self::{
     control::ControlPlane,
     node::Node,
     pod::{Pod, PodOptions},
-    process::Process,
+    process::{Exit, Process},
 };
 use self::{
     cleanup::LabId,

@@ -95,6 +95,14 @@ impl Scene {
         Ok(())
     }
 
+    /// Start an agent that takes over from the node's, and wait until it serves. Returns the one before, which goes on
+    /// with what it carries.
+    pub fn replace_agent(&mut self, node: usize, options: AgentOptions) -> Result<Agent> {
+        let before = self.agents.remove(node - 1);
+        self.start_agent(node, taking_over(options))?;
+        Ok(before)
+    }
+
     pub fn agent(&self, node: usize) -> &Agent {
         &self.agents[node - 1]
     }
@@ -183,6 +191,12 @@ impl Scene {
     pub fn rebound(&self) -> Result<u64> {
         agent::REBOUND.iter().map(|name| self.counter(name)).sum()
     }
+}
+
+/// Options of an agent that takes over from another one.
+pub fn taking_over(mut options: AgentOptions) -> AgentOptions {
+    options.args.push("--take-over".into());
+    options
 }
 
 /// Connections as fast as they go, until it is ended.
