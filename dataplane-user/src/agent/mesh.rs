@@ -63,6 +63,8 @@ struct Parts {
     inherited: HashMap<(u64, u64), Bequest>,
     /// Rung when there is one more to open.
     wanted: Rc<Notify>,
+    /// The source has told everything once: what is not wanted can go.
+    synced: bool,
     /// `MESH` was compared with what is wanted.
     reconciled: bool,
 }
@@ -112,6 +114,7 @@ impl Mesh {
             open: BTreeSet::new(),
             inherited: bequests.into_iter().filter_map(|one| Some((identify(one.netns.metadata().ok()?), one))).collect(),
             wanted: Rc::default(),
+            synced: false,
             reconciled: false,
         };
         Ok((Self(Some(mesh)), parts))
@@ -144,7 +147,8 @@ impl Mesh {
             mesh.store.want(mesh.directory.here().map(|workload| &workload.identity));
         }
         mesh.adopt(kernel);
-        mesh.flush(registry.synced())
+        mesh.synced = registry.synced();
+        mesh.flush()
     }
 
     /// The listeners of all pods here, for an agent that takes over.
@@ -214,14 +218,14 @@ impl Mesh {
         let pod = opened.pod();
         let Some((name, _)) = mesh.unopened.remove(&pod) else { return Ok(()) };
         mesh.admit(&name, opened, kernel)?;
-        mesh.flush(true);
+        mesh.flush();
         Ok(())
     }
 
     fn policies_changed(&mut self) {
         if let Some(mesh) = &mut self.0 {
             mesh.directory.policies_changed();
-            mesh.flush(true);
+            mesh.flush();
         }
     }
 }
@@ -274,10 +278,10 @@ impl Parts {
         self.store.retain(|identity| here.contains(identity));
     }
 
-    /// Writes what the directory wants; `synced`: everything was told once, and what is not wanted can go.
-    fn flush(&mut self, synced: bool) -> Vec<Problem> {
+    /// Writes what the directory wants.
+    fn flush(&mut self) -> Vec<Problem> {
         let mut writes = newest(self.directory.take_writes());
-        if synced && !std::mem::replace(&mut self.reconciled, synced) {
+        if self.synced && !std::mem::replace(&mut self.reconciled, true) {
             let wanted = self.directory.wanted();
             match self.maps.addresses() {
                 Ok(there) => {
@@ -436,6 +440,6 @@ fn learn_node(core: &SharedCore) {
     let own = own.filter(|addr| !addr.is_loopback()).chain(PROBES.iter().filter_map(|addr| addr.parse().ok()));
     if let Some(mesh) = &mut core.borrow_mut().mesh.0 {
         mesh.directory.set_node(own.collect());
-        mesh.flush(false);
+        mesh.flush();
     }
 }
