@@ -33,6 +33,10 @@ fn the_daemonset_of_deploy_fails_no_connect_whatever_becomes_of_its_agents() -> 
         daemonset::kubectl(cluster, &[&change[..], other_layout].concat())?;
         scene.roll(1)?;
         daemonset::wait(cluster)?;
+        for node in cluster.nodes() {
+            let log = daemonset::log(cluster, node)?;
+            assert!(log.contains("took over from another agent"), "{change:?}: {}\n{log}", node.name);
+        }
     }
     // As when the node's OOM killer takes it.
     let victim = daemonset::pod(cluster, cluster.node(1))?;

@@ -188,11 +188,12 @@ mod tests {
     }
 
     #[test]
-    fn an_update_never_needs_two_agents_on_a_node() {
+    fn in_an_update_one_agent_takes_over_from_another() {
         let spec = &object("DaemonSet")["spec"];
-        assert_eq!(spec["updateStrategy"]["rollingUpdate"], json!({"maxUnavailable": 1, "maxSurge": 0}));
+        assert_eq!(spec["updateStrategy"]["rollingUpdate"], json!({"maxUnavailable": 0, "maxSurge": 1}));
         let configuration = object("ConfigMap")["data"]["config.yaml"].as_str().unwrap().to_owned();
         assert!(configuration.contains("on-exit: keep\n"), "the kernel path must outlive the agent:\n{configuration}");
+        assert!(configuration.contains("take-over: true\nwhen-replaced: stand-by\n"), "{configuration}");
         let pod = &spec["template"]["spec"];
         let container = &pod["containers"][0];
         // What the configuration names is mounted.
@@ -202,6 +203,8 @@ mod tests {
             assert!(mounts.iter().any(|found| found["mountPath"] == mount), "{mount} is not mounted");
         }
         assert_eq!((&pod["hostPID"], &pod["hostNetwork"]), (&json!(true), &json!(true)));
+        // In the node's network a declared port is the node's: the scheduler would give it to one agent only.
+        assert_eq!(container["ports"], Value::Null);
     }
 
     #[test]

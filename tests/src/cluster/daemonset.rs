@@ -54,11 +54,11 @@ pub fn kubectl(cluster: &Cluster, args: &[&str]) -> Result<String> {
     cluster.kubectl(&[&["-n", NAMESPACE], args].concat())
 }
 
-/// The name of the node's agent's pod.
+/// The name of the node's agent's pod; of two, the newer one's.
 pub fn pod(cluster: &Cluster, node: &Node) -> Result<String> {
-    let field = format!("spec.nodeName={}", node.name);
-    let name =
-        kubectl(cluster, &["get", "pods", "--field-selector", &field, "-o", "jsonpath={.items[0].metadata.name}"]);
+    let (field, name) = (format!("spec.nodeName={}", node.name), "jsonpath={.items[-1:].metadata.name}");
+    let by_age = "--sort-by=.metadata.creationTimestamp";
+    let name = kubectl(cluster, &["get", "pods", "--field-selector", &field, by_age, "-o", name]);
     name.with_context(|| format!("no pod of {DAEMON_SET} on {}", node.name))
 }
 

@@ -78,6 +78,8 @@ metrics-address: {{ include "hitless.metricsAddress" . | quote }}
 log-format: {{ .Values.agent.logFormat }}
 log-level: {{ .Values.agent.logLevel | quote }}
 on-exit: {{ .Values.agent.onExit }}
+take-over: true
+when-replaced: stand-by
 {{- with .Values.mesh }}
 mtls: {{ ternary "on" "off" .enabled | quote }}
 trust-domain: {{ .trustDomain | quote }}
