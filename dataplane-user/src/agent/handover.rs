@@ -34,8 +34,9 @@ use nix::{
     errno::Errno,
     sys::{
         socket::{
-            AddressFamily, Backlog, ControlMessage, ControlMessageOwned, MsgFlags, SockFlag, SockType, UnixAddr, accept4,
-            bind, connect, getsockopt, listen as start_listening, recvmsg, sendmsg, setsockopt, socket, sockopt,
+            AddressFamily, Backlog, ControlMessage, ControlMessageOwned, MsgFlags, SockFlag, SockType, UnixAddr,
+            accept4, bind, connect, getsockopt, listen as start_listening, recvmsg, sendmsg, setsockopt, socket,
+            sockopt,
         },
         time::TimeVal,
     },
@@ -187,7 +188,8 @@ impl Door {
     }
 
     async fn next(&self) -> io::Result<Heir> {
-        let accept = |socket: &OwnedFd| Ok(accept4(socket.as_raw_fd(), SockFlag::SOCK_CLOEXEC | SockFlag::SOCK_NONBLOCK)?);
+        let accept =
+            |socket: &OwnedFd| Ok(accept4(socket.as_raw_fd(), SockFlag::SOCK_CLOEXEC | SockFlag::SOCK_NONBLOCK)?);
         let socket = self.socket.async_io(Interest::READABLE, accept).await?;
         // SAFETY: accept4() just made it, and nobody else knows of it.
         let socket = unsafe { OwnedFd::from_raw_fd(socket) };
@@ -231,7 +233,8 @@ impl Heir {
                 let v6 = listeners.iter().filter_map(|listeners| listeners.v6.as_ref()).map(AsRawFd::as_raw_fd);
                 let v6: Vec<_> = v6.collect();
                 let v4 = listeners.iter().map(|listeners| listeners.v4.as_raw_fd());
-                let descriptors: Vec<_> = std::iter::once(netns.as_raw_fd()).chain(v4).chain(v6.iter().copied()).collect();
+                let descriptors: Vec<_> =
+                    std::iter::once(netns.as_raw_fd()).chain(v4).chain(v6.iter().copied()).collect();
                 self.say(&Packet::Pod { name: name.clone(), port: *port, v6: v6.len() }, &descriptors).await?;
             }
             self.say(&Packet::Yours, &[]).await
@@ -337,9 +340,8 @@ mod tests {
         let waiting = std::net::TcpStream::connect(at).unwrap();
         heir.give("abc".into(), &pods).await.unwrap();
         let addresses = |bequest: &Bequest| -> Vec<_> {
-            let both = |one: &Listeners| {
-                (one.v4.local_addr().unwrap(), one.v6.as_ref().map(|v6| v6.local_addr().unwrap()))
-            };
+            let both =
+                |one: &Listeners| (one.v4.local_addr().unwrap(), one.v6.as_ref().map(|v6| v6.local_addr().unwrap()));
             bequest.listeners.iter().map(both).collect()
         };
         let given: Vec<_> = pods.iter().map(|pod| (pod.name.clone(), pod.port, addresses(pod))).collect();

@@ -112,7 +112,10 @@ impl Mesh {
             maps,
             unopened: HashMap::new(),
             open: BTreeSet::new(),
-            inherited: bequests.into_iter().filter_map(|one| Some((identify(one.netns.metadata().ok()?), one))).collect(),
+            inherited: bequests
+                .into_iter()
+                .filter_map(|one| Some((identify(one.netns.metadata().ok()?), one)))
+                .collect(),
             wanted: Rc::default(),
             synced: false,
             reconciled: false,

@@ -9,8 +9,8 @@ use std::{
 
 use dataplane_ebpf::{
     abi::{
-        Addr, Endpoint, Frontend, LAYER_CHOOSE, LocalConnection, MeshAddress, PROTO_TCP, SOCKET_DELIVERY, SOCKET_DIRECT, SUSPECT_WINDOW_NS,
-        Service, Slot, SlotKey, Socket, SuspectKey, Suspects, Tunnelled,
+        Addr, Endpoint, Frontend, LAYER_CHOOSE, LocalConnection, MeshAddress, PROTO_TCP, SOCKET_DELIVERY,
+        SOCKET_DIRECT, SUSPECT_WINDOW_NS, Service, Slot, SlotKey, Socket, SuspectKey, Suspects, Tunnelled,
     },
     choose::{self, Best, SCAN},
     health::{self, Class, Health, Input, State},

@@ -248,8 +248,7 @@ impl Tunnel {
 
     /// For the agent that takes over. Both may accept from them.
     pub fn bequests(&self) -> Vec<Bequest> {
-        let pods: Vec<_> =
-            self.shared.pods.read().unwrap_or_else(PoisonError::into_inner).values().cloned().collect();
+        let pods: Vec<_> = self.shared.pods.read().unwrap_or_else(PoisonError::into_inner).values().cloned().collect();
         let bequest = |pod: &Arc<LocalPod>| {
             let listeners = pod.listeners.lock().unwrap_or_else(PoisonError::into_inner);
             let listeners = listeners.iter().map(Listeners::try_clone).collect::<Result<_, _>>()?;

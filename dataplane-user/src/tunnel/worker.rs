@@ -35,7 +35,10 @@ const BREATH: Duration = Duration::from_millis(20);
 
 /// What the agent's thread tells a worker.
 pub enum Order {
-    Serve { pod: Arc<LocalPod>, listeners: Vec<Listeners> },
+    Serve {
+        pod: Arc<LocalPod>,
+        listeners: Vec<Listeners>,
+    },
     Release(PodId),
     /// Accept no more anywhere; what is carried goes on.
     Close,

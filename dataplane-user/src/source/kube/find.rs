@@ -6,6 +6,7 @@
 use std::{
     collections::{HashMap, HashSet},
     fs, io,
+    net::{IpAddr, Ipv4Addr, Ipv6Addr},
     os::unix::fs::MetadataExt,
     path::Path,
 };
@@ -22,31 +23,103 @@ impl Process {
     pub fn lives(&self) -> bool {
         started(Path::new("/proc"), self.pid) == Some(self.started)
     }
+
+    /// The addresses of its network, but those that are of use in it alone. The API server is told of them only after
+    /// the containers have started.
+    pub fn addresses(&self) -> Vec<IpAddr> {
+        let read = |file: &str| fs::read_to_string(format!("/proc/{}/net/{file}", self.pid)).unwrap_or_default();
+        let mut addresses = v4_addresses(&read("fib_trie"));
+        addresses.extend(v6_addresses(&read("if_inet6")));
+        // It may have ended in between, and its number be another's.
+        if self.lives() { addresses } else { Vec::new() }
+    }
 }
 
 /// The oldest process of each pod that is asked for: where the runtime has a sandbox, that is the one that lives
 /// as long as the pod. Processes in the agent's own network are none of a pod's.
-pub fn processes(uids: &HashSet<String>) -> io::Result<HashMap<String, Process>> {
-    let own = fs::metadata("/proc/self/ns/net")?.ino();
-    scan(Path::new("/proc"), uids, |pid| {
-        fs::metadata(format!("/proc/{pid}/ns/net")).is_ok_and(|netns| netns.ino() != own)
-    })
+///
+/// One look after another passes over processes that are no pod's of those: while a pod is about to start, looks are
+/// many and new processes few.
+#[derive(Debug, Default)]
+pub struct Search {
+    /// Were looked at when they were old enough to be where they belong: a runtime moves a container's first process
+    /// into its cgroup when it has just been made.
+    strangers: HashSet<i32>,
 }
 
-fn scan(proc: &Path, uids: &HashSet<String>, counts: impl Fn(i32) -> bool) -> io::Result<HashMap<String, Process>> {
-    let mut found: HashMap<String, Process> = HashMap::new();
-    for entry in fs::read_dir(proc)?.flatten() {
-        let Some(pid) = entry.file_name().to_str().and_then(|name| name.parse::<i32>().ok()) else { continue };
-        // Processes end while they are looked at.
-        let Ok(text) = fs::read_to_string(entry.path().join("cgroup")) else { continue };
-        let Some(uid) = text.lines().find_map(pod_uid).filter(|uid| uids.contains(uid)) else { continue };
-        let Some(started) = started(proc, pid) else { continue };
-        let older = found.get(&uid).is_none_or(|known| (started, pid) < (known.started, known.pid));
-        if older && counts(pid) {
-            found.insert(uid, Process { pid, started });
+/// In clock ticks, of which Linux tells a hundred per second.
+const SETTLED: u64 = 100;
+
+impl Search {
+    pub fn look(&mut self, uids: &HashSet<String>) -> io::Result<HashMap<String, Process>> {
+        let own = fs::metadata("/proc/self/ns/net")?.ino();
+        let uptime = fs::read_to_string("/proc/uptime")?;
+        let seconds: f64 = uptime.split(' ').next().and_then(|seconds| seconds.parse().ok()).unwrap_or(0.0);
+        let counts =
+            |pid| fs::metadata(format!("/proc/{pid}/ns/net")).is_ok_and(|netns: fs::Metadata| netns.ino() != own);
+        self.scan(Path::new("/proc"), uids, (seconds * 100.0) as u64, counts)
+    }
+
+    fn scan(
+        &mut self,
+        proc: &Path,
+        uids: &HashSet<String>,
+        now: u64,
+        counts: impl Fn(i32) -> bool,
+    ) -> io::Result<HashMap<String, Process>> {
+        let mut found: HashMap<String, Process> = HashMap::new();
+        let mut strangers = HashSet::with_capacity(self.strangers.len());
+        for entry in fs::read_dir(proc)?.flatten() {
+            let Some(pid) = entry.file_name().to_str().and_then(|name| name.parse::<i32>().ok()) else { continue };
+            if self.strangers.contains(&pid) {
+                strangers.insert(pid);
+                continue;
+            }
+            // Processes end while they are looked at.
+            let Ok(text) = fs::read_to_string(entry.path().join("cgroup")) else { continue };
+            let Some(started) = started(proc, pid) else { continue };
+            let Some(uid) = text.lines().find_map(pod_uid).filter(|uid| uids.contains(uid)) else {
+                if started + SETTLED < now {
+                    strangers.insert(pid);
+                }
+                continue;
+            };
+            let older = found.get(&uid).is_none_or(|known| (started, pid) < (known.started, known.pid));
+            if older && counts(pid) {
+                found.insert(uid, Process { pid, started });
+            }
+        }
+        self.strangers = strangers;
+        Ok(found)
+    }
+}
+
+/// `/proc/PID/net/fib_trie`: an address, and in the next line that it is the host's own.
+fn v4_addresses(fib_trie: &str) -> Vec<IpAddr> {
+    let mut addresses = Vec::new();
+    let mut last = None;
+    for line in fib_trie.lines() {
+        if let Some(address) = line.trim_start().strip_prefix("|-- ") {
+            last = address.parse::<Ipv4Addr>().ok();
+        } else if line.trim_start() == "/32 host LOCAL"
+            && let Some(address) = last.take().filter(|address| !address.is_loopback() && !address.is_link_local())
+            // The same again for the table of its own and the main one.
+            && !addresses.contains(&IpAddr::V4(address))
+        {
+            addresses.push(address.into());
         }
     }
-    Ok(found)
+    addresses
+}
+
+/// `/proc/PID/net/if_inet6`: address, interface, prefix, scope (0: global), flags, name.
+fn v6_addresses(if_inet6: &str) -> Vec<IpAddr> {
+    let global = |line: &str| {
+        let mut words = line.split_whitespace();
+        let address = u128::from_str_radix(words.next()?, 16).ok()?;
+        (words.nth(2)? == "00").then(|| Ipv6Addr::from_bits(address).into())
+    };
+    if_inet6.lines().filter_map(global).collect()
 }
 
 /// The pod's uid in a line of `/proc/PID/cgroup`: `…/pod<uid>/<container>` of the cgroupfs driver,
@@ -112,8 +185,56 @@ mod tests {
         process(13, &UID.replace('0', "1"), 1);
         process(14, UID, 2);
         let uids = HashSet::from([UID.to_owned()]);
-        let found = scan(proc.path(), &uids, |pid| pid != 14).unwrap();
+        let mut search = Search::default();
+        let found = search.scan(proc.path(), &uids, 500, |pid| pid != 14).unwrap();
         assert_eq!(found, HashMap::from([(UID.to_owned(), Process { pid: 11, started: 300 })]));
+        assert_eq!(search.strangers, HashSet::from([13]));
+        // The younger stranger is moved into a pod's cgroup, the older one is not looked at again.
+        for (pid, started) in [(15, 450), (13, 1)] {
+            let _ = fs::remove_dir_all(proc.path().join(pid.to_string()));
+            process(pid, "none", started);
+        }
+        search.scan(proc.path(), &uids, 500, |pid| pid < 14).unwrap();
+        assert_eq!(search.strangers, HashSet::from([13]));
+        for pid in [11, 12, 10, 15] {
+            fs::remove_dir_all(proc.path().join(pid.to_string())).unwrap();
+        }
+        process(15, UID, 450);
+        let found = search.scan(proc.path(), &uids, 501, |pid| pid != 14).unwrap();
+        assert_eq!(found, HashMap::from([(UID.to_owned(), Process { pid: 15, started: 450 })]));
+    }
+
+    #[test]
+    fn a_networks_own_addresses_are_read() {
+        let fib_trie = "\
+Main:
+  +-- 0.0.0.0/0 3 0 5
+     |-- 0.0.0.0
+        /0 universe UNICAST
+     +-- 10.244.1.0/24 2 0 2
+        |-- 10.244.1.0
+           /24 link UNICAST
+        |-- 10.244.1.10
+           /32 host LOCAL
+        |-- 10.244.1.255
+           /32 link BROADCAST
+     +-- 127.0.0.0/8 2 0 2
+           |-- 127.0.0.1
+              /32 host LOCAL
+Local:
+        |-- 10.244.1.10
+           /32 host LOCAL
+        |-- 169.254.1.1
+           /32 host LOCAL
+";
+        assert_eq!(v4_addresses(fib_trie), ["10.244.1.10".parse::<IpAddr>().unwrap()]);
+        let if_inet6 = "\
+00000000000000000000000000000001 01 80 10 80       lo
+fe800000000000004c5d5efffe000001 02 40 20 80     eth0
+fd00024400010000000000000000000a 02 40 00 80     eth0
+";
+        assert_eq!(v6_addresses(if_inet6), ["fd00:244:1::a".parse::<IpAddr>().unwrap()]);
+        assert!(v4_addresses("").is_empty() && v6_addresses("nonsense\n").is_empty());
     }
 
     #[test]

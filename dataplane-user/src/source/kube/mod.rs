@@ -14,9 +14,10 @@ use std::{
     cell::{Cell, RefCell},
     collections::{BTreeMap, BTreeSet, HashSet},
     io,
+    net::IpAddr,
     path::{Path, PathBuf},
     rc::Rc,
-    time::Duration,
+    time::{Duration, Instant},
 };
 
 use anyhow::Context as _;
@@ -35,7 +36,11 @@ use self::{
 };
 use crate::{agent::core::Shared, kernel::monotonic_ns, model::Event};
 
-/// How soon a pod that was not found is looked for again, doubling between these.
+/// How often a pod is looked for that was just told of: its network is to be served before its containers run.
+const FIND_SOON: Duration = Duration::from_millis(10);
+/// For how long.
+const SOON: Duration = Duration::from_secs(5);
+/// How soon one that was not found by then is looked for again, doubling between these.
 const FIND_AGAIN: [Duration; 2] = [Duration::from_millis(25), Duration::from_secs(2)];
 /// How soon a container runtime that did not answer is asked again, doubling between these.
 const ASK_AGAIN: [Duration; 2] = [Duration::from_secs(1), Duration::from_secs(60)];
@@ -269,14 +274,30 @@ impl Source {
     async fn find_pods(&self) {
         let [first, longest] = FIND_AGAIN;
         let mut again = first;
+        let mut soon = Instant::now();
+        let mut missing: Vec<(Name, String)> = Vec::new();
+        let mut search = find::Search::default();
         loop {
-            let found = self.find().await;
+            let found = self.find(&mut search).await;
             if found {
                 again = first;
             }
             self.start();
-            let missing = !self.world.borrow().unfound().is_empty();
-            let sleep = if missing { again } else { LOOK };
+            let unfound = self.world.borrow().unfound();
+            if unfound.iter().any(|pod| !missing.contains(pod)) {
+                soon = Instant::now() + SOON;
+            }
+            missing = unfound;
+            let sleep = if missing.is_empty() {
+                // By the next look numbers of processes may have been given anew.
+                search = find::Search::default();
+                LOOK
+            } else if Instant::now() < soon {
+                FIND_SOON
+            } else {
+                search = find::Search::default();
+                again
+            };
             tokio::select! {
                 () = tokio::time::sleep(sleep) => again = (again * 2).min(longest),
                 () = self.pods_changed.notified() => again = first,
@@ -285,26 +306,28 @@ impl Source {
     }
 
     /// One look; true when it changed anything.
-    async fn find(&self) -> bool {
+    async fn find(&self, search: &mut find::Search) -> bool {
         let (known, unfound) = {
             let world = self.world.borrow();
             (world.processes(), world.unfound())
         };
         // Reading /proc takes its time: beside the agent's thread.
-        let looked = tokio::task::spawn_blocking(move || look(known, unfound));
-        let found = match looked.await {
-            Ok(Ok(found)) => found,
-            Ok(Err(error)) => {
+        let mut searching = std::mem::take(search);
+        let looked = tokio::task::spawn_blocking(move || (look(&mut searching, known, unfound), searching));
+        let Ok((found, searched)) = looked.await else { return false };
+        *search = searched;
+        let found = match found {
+            Ok(found) => found,
+            Err(error) => {
                 warn!(%error, "/proc cannot be read: are the node's processes visible (hostPID)?");
                 return false;
             }
-            Err(_) => return false,
         };
         if found.is_empty() {
             return false;
         }
-        for (name, uid, process) in &found {
-            self.world.borrow_mut().found(name, uid, *process);
+        for (name, uid, process, addresses) in found {
+            self.world.borrow_mut().found(&name, &uid, process, addresses);
         }
         let heard = self.core.borrow().source.last_event;
         self.pass_on(Vec::new(), monotonic_ns());
@@ -381,21 +404,31 @@ impl Source {
     }
 }
 
-/// A pod of this node, the uid that cgroups name it by, and the process that was found of it.
-type Sighting = (Name, String, Option<Process>);
+/// A pod of this node, the uid that cgroups name it by, the process that was found of it, and the addresses of its
+/// network.
+type Sighting = (Name, String, Option<Process>, Vec<IpAddr>);
 
 /// Of the pods that were found before those whose process has ended, with another one if there is; of the others those
 /// that can be found now.
-fn look(known: Vec<(Name, String, Process)>, unfound: Vec<(Name, String)>) -> io::Result<Vec<Sighting>> {
+fn look(
+    search: &mut find::Search,
+    known: Vec<(Name, String, Process)>,
+    unfound: Vec<(Name, String)>,
+) -> io::Result<Vec<Sighting>> {
+    // Another process of such a pod was a stranger as long as nobody looked for it.
+    if known.iter().any(|(_, _, process)| !process.lives()) {
+        *search = find::Search::default();
+    }
     let ended = known.into_iter().filter(|(_, _, process)| !process.lives()).map(|(name, uid, _)| (name, uid, true));
     let looked_for: Vec<_> = ended.chain(unfound.into_iter().map(|(name, uid)| (name, uid, false))).collect();
     if looked_for.is_empty() {
         return Ok(Vec::new());
     }
-    let found = find::processes(&looked_for.iter().map(|(_, uid, _)| uid.clone()).collect())?;
+    let found = search.look(&looked_for.iter().map(|(_, uid, _)| uid.clone()).collect())?;
     let sightings = looked_for.into_iter().map(|(name, uid, ended)| {
         let process = found.get(&uid).copied();
-        (ended || process.is_some()).then_some((name, uid, process))
+        let addresses = process.map_or(Vec::new(), |process| process.addresses());
+        (ended || process.is_some()).then_some((name, uid, process, addresses))
     });
     Ok(sightings.flatten().collect())
 }

@@ -72,6 +72,8 @@ pub(super) struct Here {
     account: Option<Name>,
     declared_gateway: bool,
     addresses: Vec<IpAddr>,
+    /// Those that its network has: they count until the API server names some.
+    seen: Vec<IpAddr>,
     stops: Vec<Stop>,
     /// Nothing of it runs any more.
     over: bool,
@@ -225,11 +227,11 @@ impl World {
         found.collect()
     }
 
-    /// A process of a pod was found, or the one that was known has ended.
-    pub fn found(&mut self, name: &Name, uid: &str, process: Option<Process>) {
+    /// A process of a pod was found, and the addresses of its network; or the one that was known has ended.
+    pub fn found(&mut self, name: &Name, uid: &str, process: Option<Process>, addresses: Vec<IpAddr>) {
         self.reconsider(name, |here| {
             if here.uid == uid {
-                here.process = process;
+                (here.process, here.seen) = (process, addresses);
             }
         });
     }
@@ -277,7 +279,7 @@ impl World {
             return plain();
         };
         Some(model::Pod {
-            addresses: here.addresses.clone(),
+            addresses: if here.addresses.is_empty() { here.seen.clone() } else { here.addresses.clone() },
             pid: Some(process.pid),
             enrolled,
             gateway: here.declared_gateway,
@@ -306,7 +308,8 @@ impl World {
         let name = meta.full_name();
         let addresses = object.status.pod_ips.iter().filter_map(|ip| ip.ip.parse().ok());
         let before = self.here_of(&name);
-        let (process, was_enrolled) = before.map_or((None, false), |here| (here.process, here.was_enrolled));
+        let (process, seen, was_enrolled) =
+            before.map_or((None, Vec::new(), false), |here| (here.process, here.seen.clone(), here.was_enrolled));
         let (labels, account) = if self.mesh {
             (meta.labels.clone(), Some(self.account(object.spec.service_account_name.as_deref())))
         } else {
@@ -320,6 +323,7 @@ impl World {
             account,
             declared_gateway: meta.annotations.gateway.as_deref() == Some("true"),
             addresses: addresses.collect(),
+            seen,
             stops: self.stops(object, &name),
             over,
             process,

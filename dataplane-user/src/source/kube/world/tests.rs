@@ -253,7 +253,7 @@ impl Objects {
             Said::Found(name, found) => {
                 let Some((uid, true, ..)) = self.pods.get(&name) else { return };
                 let process = found.then_some(Process { pid: 100 + i32::from(*uid), started: 7 });
-                world.found(&format!("shop/{name}").into(), &format!("{uid:032x}"), process);
+                world.found(&format!("shop/{name}").into(), &format!("{uid:032x}"), process, Vec::new());
                 if found {
                     self.found.insert(name, *uid)
                 } else {
@@ -280,7 +280,7 @@ impl Objects {
         }
         for (name, uid) in &self.found {
             let process = Process { pid: 100 + i32::from(*uid), started: 7 };
-            world.found(&format!("shop/{name}").into(), &format!("{uid:032x}"), Some(process));
+            world.found(&format!("shop/{name}").into(), &format!("{uid:032x}"), Some(process), Vec::new());
         }
         world.namespace(&namespace(self.ambient));
         world
@@ -343,7 +343,7 @@ proptest! {
         for (name, &(uid, here, ..)) in &objects.pods {
             let found = objects.found.get(name).map(|uid| Process { pid: 100 + i32::from(*uid), started: 7 });
             if here {
-                world.found(&format!("shop/{name}").into(), &format!("{uid:032x}"), found);
+                world.found(&format!("shop/{name}").into(), &format!("{uid:032x}"), found, Vec::new());
             }
         }
         world.take().events.into_iter().for_each(|event| told.take(event));
@@ -469,7 +469,7 @@ fn enrolment_follows_the_labels_and_none_wins() {
     world.namespace(&namespace(true));
     let (name, uid) = world.unfound().pop().unwrap();
     assert!(!enrolled(&world), "its network is not known yet");
-    world.found(&name, &uid, process);
+    world.found(&name, &uid, process, Vec::new());
     assert!(enrolled(&world));
     put(&mut world, &pod("a", 1, true, "none", ""), Scope::ThisNode);
     assert!(!enrolled(&world));
@@ -481,6 +481,21 @@ fn enrolment_follows_the_labels_and_none_wins() {
 }
 
 #[test]
+fn a_pods_own_network_says_its_addresses_until_the_api_server_does() {
+    let mut world = World::new(NODE);
+    let mut object = pod("a", 1, true, "ambient", "");
+    object.status.pod_ips.clear();
+    put(&mut world, &object, Scope::ThisNode);
+    let (name, uid) = world.unfound().pop().unwrap();
+    let seen: IpAddr = "10.0.0.7".parse().unwrap();
+    world.found(&name, &uid, Some(Process { pid: 100, started: 7 }), vec![seen]);
+    put(&mut world, &object, Scope::ThisNode);
+    assert_eq!(world.snapshot().pods[0].addresses, [seen]);
+    put(&mut world, &pod("a", 1, true, "ambient", ""), Scope::ThisNode);
+    assert_eq!(world.snapshot().pods[0].addresses, ["10.0.0.1".parse::<IpAddr>().unwrap()]);
+}
+
+#[test]
 fn a_pod_keeps_what_it_is_stopped_by_and_a_wrong_signal_costs_only_itself() {
     let mut world = World::new(NODE);
     let mut object = pod("a", 1, true, "ambient", "");
@@ -488,7 +503,7 @@ fn a_pod_keeps_what_it_is_stopped_by_and_a_wrong_signal_costs_only_itself() {
     object.metadata.annotations.stop_signals = Some("USR3, SIGUSR1".into());
     object.metadata.annotations.gateway = Some("true".into());
     put(&mut world, &object, Scope::ThisNode);
-    world.found(&"shop/a".into(), &format!("{:032x}", 1), Some(Process { pid: 9, started: 1 }));
+    world.found(&"shop/a".into(), &format!("{:032x}", 1), Some(Process { pid: 9, started: 1 }), Vec::new());
     let told = world.snapshot().pods.pop().unwrap();
     assert_eq!(told.stop_signals, ["SIGQUIT", "SIGUSR1", "TERM"]);
     assert!(told.gateway);
@@ -509,7 +524,7 @@ fn a_container_is_stopped_as_its_image_says_where_nobody_says_otherwise() {
     .unwrap();
     let image: Name = "sha256:1".into();
     put(&mut world, &object, Scope::ThisNode);
-    world.found(&"shop/a".into(), &format!("{:032x}", 1), Some(Process { pid: 9, started: 1 }));
+    world.found(&"shop/a".into(), &format!("{:032x}", 1), Some(Process { pid: 9, started: 1 }), Vec::new());
     assert!(world.unasked().is_empty(), "the pod is not enrolled");
     world.namespace(&namespace(true));
     assert_eq!(world.unasked(), std::slice::from_ref(&image));
