@@ -9,22 +9,11 @@ use dataplane_user::{
     policy::{Enforcement, Mode, Reason, Request, Workload},
     source::{kube, policies},
 };
-use hitless_tests::cluster::ControlPlane;
+use hitless_tests::cluster::{ControlPlane, mesh};
 use tokio::task::LocalSet;
 
 /// Far longer than it takes, but shorter than a person would wait.
 const WITHIN: Duration = Duration::from_secs(90);
-
-/// A CRD that takes everything: what Istio's schema would refuse is to be met as well.
-fn crd(plural: &str, kind: &str) -> String {
-    format!(
-        "---\napiVersion: apiextensions.k8s.io/v1\nkind: CustomResourceDefinition\nmetadata: {{name: {plural}.security.istio.io}}\n\
-         spec:\n  group: security.istio.io\n  scope: Namespaced\n  names: {{plural: {plural}, singular: {}, kind: {kind}}}\n\
-         \x20 versions: [{{name: v1, served: true, storage: true, schema: {{openAPIV3Schema: {{type: object, \
-         x-kubernetes-preserve-unknown-fields: true}}}}}}]\n",
-        kind.to_lowercase()
-    )
-}
 
 fn object(kind: &str, name: &str, spec: &str) -> String {
     format!(
@@ -105,13 +94,8 @@ fn policies_of_the_api_are_in_force_as_they_come_and_go() -> Result<()> {
 
         // They are installed later, and found without a restart.
         with(&control, |control| {
-            let crds =
-                [crd("authorizationpolicies", "AuthorizationPolicy"), crd("peerauthentications", "PeerAuthentication")];
-            control.apply(&[NAMESPACE.to_owned(), crds.concat()].concat())?;
-            for plural in ["authorizationpolicies", "peerauthentications"] {
-                let crd = format!("crd/{plural}.security.istio.io");
-                control.kubectl(&["wait", "--for=condition=Established", "--timeout=60s", &crd])?;
-            }
+            control.apply(&[NAMESPACE, &mesh::crds()].concat())?;
+            mesh::wait_crds(control)?;
             control.apply(&object("PeerAuthentication", "default", "{mtls: {mode: STRICT}}"))?;
             control.apply(&object(
                 "AuthorizationPolicy",
@@ -155,16 +139,7 @@ fn policies_of_the_api_are_in_force_as_they_come_and_go() -> Result<()> {
 fn what_may_not_be_read_is_not_taken_for_nothing() -> Result<()> {
     // The scheduler may read neither kind.
     follow("scheduler", async |follower, control| {
-        with(&control, |control| {
-            control.apply(
-                &[
-                    crd("authorizationpolicies", "AuthorizationPolicy"),
-                    crd("peerauthentications", "PeerAuthentication"),
-                ]
-                .concat(),
-            )
-        })
-        .await?;
+        with(&control, |control| control.apply(&mesh::crds())).await?;
         tokio::time::sleep(Duration::from_secs(3)).await;
         assert!(!follower.enforcement.snapshot().settled());
         with(&control, |control| {

@@ -149,7 +149,8 @@ enum How {
 }
 
 /// The agent of `node` goes amid the load and comes back. The client is on node 1, pods of the service on both.
-/// What it carried is cut when it goes; nothing fails until it is back, nor then.
+/// What it carried is cut when it is killed; told to stop, it lets that end. Nothing else fails until it is back, nor
+/// then.
 fn an_agent_restarts(node: usize, how: How) -> Result<()> {
     let (mut scene, mesh) = mesh(&[1, 2])?;
     let start = |scene: &Scene| Family::BOTH.map(|family| Storm::start(&scene.client, scene.vip(family), THREADS));
@@ -168,7 +169,8 @@ fn an_agent_restarts(node: usize, how: How) -> Result<()> {
         let Outcome { connections, failed, reasons, servers, .. } = storm?.end()?;
         eprintln!("agent of node {node} goes, {how:?}: {failed} of {connections} failed {reasons:?}");
         // Its listeners close one after another: who was cut off may meet each that is still there.
-        assert!(failed <= ((1 + WORKERS) * THREADS) as u64, "{failed} failed: {reasons:?}");
+        let most = if matches!(how, How::Kill9) { (1 + WORKERS) * THREADS } else { 0 };
+        assert!(failed <= most as u64, "{failed} failed: {reasons:?}");
         let cut_short = |reason: &String| reason.starts_with("wrong answer");
         assert!(!reasons.keys().any(cut_short), "a cut connection looks finished: {reasons:?}");
         assert_eq!(servers.len(), 2, "{servers:?}");
@@ -192,7 +194,7 @@ fn an_agent_restarts(node: usize, how: How) -> Result<()> {
 }
 
 #[test]
-fn an_agent_that_is_told_to_stop_cuts_only_what_it_carries() -> Result<()> {
+fn an_agent_that_is_told_to_stop_cuts_nothing() -> Result<()> {
     an_agent_restarts(1, How::Sigterm)?;
     an_agent_restarts(2, How::Sigterm)
 }

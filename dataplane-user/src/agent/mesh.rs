@@ -17,7 +17,7 @@ use std::{
 use anyhow::Context as _;
 use dataplane_ebpf::abi::POD_MESH;
 use tokio::sync::Notify;
-use tracing::{info, warn};
+use tracing::{debug, info, warn};
 
 use super::core::Shared as SharedCore;
 use crate::{
@@ -40,6 +40,9 @@ use crate::{
 const AGAIN: Duration = Duration::from_secs(3);
 /// How long the source of pods waits for the policies at the start.
 const POLICIES_WITHIN: Duration = Duration::from_secs(10);
+/// Of the time to drain: for what begins while peers are told, and for the last bytes.
+const LAST: Duration = Duration::from_secs(1);
+const POLL: Duration = Duration::from_millis(20);
 /// Where Istio's node agent has the kubelet's probes come from, if it runs here too.
 const PROBES: [&str; 2] = ["169.254.7.127", "fd16:9254:7127:1337:ffff:ffff:ffff:ffff"];
 
@@ -407,7 +410,20 @@ pub async fn drain(core: &SharedCore, within: Duration) {
         mesh.tunnel.drain_all();
         mesh.tunnel.shared().clone()
     };
-    wait_for(&shared, within).await;
+    // Peers that have no other backend begin new ones all the while. They have what is left when the listeners close:
+    // ended amid them the agent would cut some.
+    let last = LAST.min(within / 2);
+    let ended = async {
+        while shared.before_stop() > 0 {
+            tokio::time::sleep(POLL).await;
+        }
+    };
+    let began = tokio::time::Instant::now();
+    let _ = tokio::time::timeout(within - last, ended).await;
+    if let Some(mesh) = &core.borrow().mesh.0 {
+        mesh.tunnel.close();
+    }
+    wait_for(&shared, within.saturating_sub(began.elapsed())).await;
 }
 
 /// Lets what an agent carries end that accepts no more.
@@ -420,7 +436,7 @@ pub async fn wait_for_carried(mesh: &Mesh, within: Duration) {
 async fn wait_for(shared: &Shared, within: Duration) {
     let ended = async {
         while shared.active() > 0 {
-            tokio::time::sleep(Duration::from_millis(20)).await;
+            tokio::time::sleep(POLL).await;
         }
     };
     let carried = shared.active();
@@ -429,6 +445,15 @@ async fn wait_for(shared: &Shared, within: Duration) {
     }
     if tokio::time::timeout(within, ended).await.is_err() {
         warn!(cut = shared.active(), of = carried, "connections are cut: they took longer than --tunnel-drain");
+    }
+    // The peers were told; a connection that has nothing more to carry ends when its last bytes are out.
+    let closed = async {
+        while shared.open() > 0 {
+            tokio::time::sleep(POLL).await;
+        }
+    };
+    if tokio::time::timeout(LAST, closed).await.is_err() {
+        debug!(connections = shared.open(), "peers that were told to end have not");
     }
 }
 

@@ -21,7 +21,7 @@ use std::{
     path::PathBuf,
     sync::{
         Arc, Mutex, PoisonError, RwLock,
-        atomic::{AtomicU64, Ordering::Relaxed},
+        atomic::{AtomicBool, AtomicU64, Ordering::Relaxed},
     },
 };
 
@@ -53,8 +53,9 @@ pub struct Shared {
     pub counts: Counts,
     pub pooled: Pooled,
     pub traffic: Traffic,
-    /// Connections and streams that are carried now.
-    active: AtomicU64,
+    /// By [`Carried`].
+    carried: [AtomicU64; 3],
+    stopping: AtomicBool,
     /// Connections between two pods of this node go through TLS too.
     pub local_tls: bool,
     pods: RwLock<HashMap<PodId, Arc<LocalPod>>>,
@@ -68,19 +69,37 @@ impl Shared {
         policies: Arc<Enforcement>,
         local_tls: bool,
     ) -> Self {
-        let (counts, pooled, traffic, active, pods) = Default::default();
-        Self { maps, view, store, policies, counts, pooled, traffic, active, local_tls, pods }
+        let (counts, pooled, traffic, carried, stopping, pods) = Default::default();
+        Self { maps, view, store, policies, counts, pooled, traffic, carried, stopping, local_tls, pods }
     }
 
     /// Connections and streams that are carried now.
     pub fn active(&self) -> u64 {
-        self.active.load(Relaxed)
+        self.before_stop() + self.carried[Carried::Late as usize].load(Relaxed)
+    }
+
+    /// Of them, those that began before the agent was about to stop.
+    pub fn before_stop(&self) -> u64 {
+        self.carried[Carried::Before as usize].load(Relaxed)
+    }
+
+    /// Accepted connections that have not ended; the last bytes of a stream may be on one that carries no more.
+    pub fn open(&self) -> u64 {
+        self.carried[Carried::Socket as usize].load(Relaxed)
     }
 
     /// One more, until it is dropped.
     fn carrying(self: &Arc<Self>) -> Carrying {
-        self.active.fetch_add(1, Relaxed);
-        Carrying(self.clone())
+        self.count(if self.stopping.load(Relaxed) { Carried::Late } else { Carried::Before })
+    }
+
+    fn accepted(self: &Arc<Self>) -> Carrying {
+        self.count(Carried::Socket)
+    }
+
+    fn count(self: &Arc<Self>, what: Carried) -> Carrying {
+        self.carried[what as usize].fetch_add(1, Relaxed);
+        Carrying(self.clone(), what)
     }
 
     /// May it come in? Counted. `None`: that cannot be said yet.
@@ -129,12 +148,21 @@ impl Shared {
     }
 }
 
+/// What there may be many of at once.
+#[derive(Clone, Copy, Debug)]
+enum Carried {
+    Before,
+    /// Begun while the agent is about to stop.
+    Late,
+    Socket,
+}
+
 /// Counts while it lives.
-struct Carrying(Arc<Shared>);
+struct Carrying(Arc<Shared>, Carried);
 
 impl Drop for Carrying {
     fn drop(&mut self) {
-        self.0.active.fetch_sub(1, Relaxed);
+        self.0.carried[self.1 as usize].fetch_sub(1, Relaxed);
     }
 }
 
@@ -306,6 +334,7 @@ impl Tunnel {
 
     /// The agent is about to stop: every pod's peers are told.
     pub fn drain_all(&self) {
+        self.shared.stopping.store(true, Relaxed);
         let pods: Vec<_> = self.shared.pods.read().unwrap_or_else(PoisonError::into_inner).keys().copied().collect();
         pods.into_iter().for_each(|pod| self.drain(pod));
     }

@@ -158,6 +158,7 @@ async fn accept(worker: Rc<Worker>, pod: Arc<LocalPod>, listener: TcpListener) {
 
 /// Which way it goes is told by the address that it came to.
 async fn carry(worker: Rc<Worker>, pod: Arc<LocalPod>, socket: TcpStream, peer: SocketAddr) {
+    let _accepted = worker.shared.accepted();
     let here = match socket.set_nodelay(true).and_then(|()| socket.local_addr()) {
         Ok(here) => canonical(here),
         Err(error) => return debug!(pod = %pod.name, %error, "a connection ended before it was looked at"),

@@ -18,6 +18,8 @@ const USER: &str = "hitless";
 pub struct Agent {
     process: Process,
     place: Place,
+    /// Pods are served once they are in it
+    mesh: bool,
     pub node: usize,
 }
 
@@ -41,7 +43,7 @@ impl Agent {
         }
         let process = node.host_process("hitless", all)?;
         process.wait_for_file(&ready)?;
-        Ok(Self { process, place, node: node.index })
+        Ok(Self { process, place, mesh: args.contains(&"--mtls"), node: node.index })
     }
 
     pub fn process(&self) -> &Process {
@@ -71,7 +73,8 @@ impl Agent {
         loop {
             let status = self.admin(&["status"])?;
             let row = status["pods"].as_array().into_iter().flatten().find(|row| row["name"] == pod);
-            if row.is_some_and(|row| row["enrolled"] == true && row["attached"] == true) {
+            let said = |what: &str| row.is_some_and(|row| row[what] == true);
+            if said("enrolled") && said("attached") && (!self.mesh || said("inMesh")) {
                 return Ok(());
             }
             if Instant::now() > deadline {

@@ -9,9 +9,11 @@ pub mod daemonset;
 pub mod gateway;
 pub mod image;
 pub mod load;
+pub mod mesh;
 pub mod node;
 pub mod parts;
 pub mod place;
+pub mod rolled;
 pub mod scene;
 pub mod shared;
 pub mod trouble;
@@ -78,6 +80,8 @@ pub struct Cluster {
     // The nodes' processes end before the control plane's drop takes the places away.
     nodes: Vec<Node>,
     pub control: ControlPlane,
+    /// What nodes and control plane send each other passes here
+    fabric: Netns,
 }
 
 impl Cluster {
@@ -110,7 +114,7 @@ impl Cluster {
         for index in 1..=spec.nodes {
             nodes.push(Node::start(&control, &fabric, index, spec)?);
         }
-        let cluster = Self { nodes, control };
+        let cluster = Self { nodes, control, fabric };
         cluster.wait_nodes()?;
         Ok(cluster)
     }

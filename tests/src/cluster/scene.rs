@@ -78,11 +78,17 @@ impl Scene {
     /// hitless on every node.
     pub fn with_hitless(spec: &Spec, replicas: usize, server: Server) -> Result<Self> {
         let mut scene = Self::new(spec, replicas, server)?;
-        agent::permit(&scene.cluster)?;
-        for node in scene.cluster.nodes() {
-            scene.agents.push(Agent::start(node, &[])?);
-        }
+        scene.start_agents(&[])?;
         Ok(scene)
+    }
+
+    /// The same, later; with further arguments.
+    pub fn start_agents(&mut self, args: &[&str]) -> Result<()> {
+        agent::permit(&self.cluster)?;
+        for node in self.cluster.nodes() {
+            self.agents.push(Agent::start(node, args)?);
+        }
+        Ok(())
     }
 
     /// Waits until hitless serves the connections of a pod of the first node.
