@@ -219,7 +219,7 @@ impl Roots {
 }
 
 /// Chain and roots. The last text of the answer holds the roots, one or several.
-fn split(answer: &[String]) -> Result<(Vec<CertificateDer<'static>>, Vec<CertificateDer<'static>>), String> {
+pub(crate) fn split(answer: &[String]) -> Result<(Vec<CertificateDer<'static>>, Vec<CertificateDer<'static>>), String> {
     let [chain @ .., roots] = answer else { return Err("an empty answer".into()) };
     if chain.is_empty() {
         return Err("a chain without a root".into());
