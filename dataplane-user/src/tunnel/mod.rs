@@ -5,6 +5,7 @@
 //! pod (`SO_REUSEPORT`) and a pool of its own. What they look up together is [`Shared`].
 
 mod access;
+pub mod carried;
 mod counts;
 mod inbound;
 mod outbound;
@@ -20,18 +21,22 @@ use std::{
     os::fd::AsFd as _,
     path::PathBuf,
     sync::{
-        Arc, Mutex, PoisonError, RwLock,
+        Arc, Mutex, OnceLock, PoisonError, RwLock,
         atomic::{AtomicU64, Ordering::Relaxed},
     },
 };
 
-use tokio::sync::{mpsc::UnboundedSender, watch};
+use tokio::sync::{
+    mpsc::{UnboundedSender, WeakUnboundedSender},
+    oneshot, watch,
+};
 
-pub use access::host_of;
+pub use access::{Access, host_of};
 pub use counts::{Count, Counts, Pooled};
 pub use sockets::Listeners;
 
 use self::{
+    carried::Carried,
     traffic::Traffic,
     worker::{Order, Worker},
 };
@@ -58,6 +63,8 @@ pub struct Shared {
     /// Connections between two pods of this node go through TLS too.
     pub local_tls: bool,
     pods: RwLock<HashMap<PodId, Arc<LocalPod>>>,
+    /// Who is asked what is carried.
+    workers: OnceLock<Vec<WeakUnboundedSender<Order>>>,
 }
 
 impl Shared {
@@ -68,13 +75,29 @@ impl Shared {
         policies: Arc<Enforcement>,
         local_tls: bool,
     ) -> Self {
-        let (counts, pooled, traffic, active, pods) = Default::default();
-        Self { maps, view, store, policies, counts, pooled, traffic, active, local_tls, pods }
+        let (counts, pooled, traffic, active, pods, workers) = Default::default();
+        Self { maps, view, store, policies, counts, pooled, traffic, active, local_tls, pods, workers }
     }
 
     /// Connections and streams that are carried now.
     pub fn active(&self) -> u64 {
         self.active.load(Relaxed)
+    }
+
+    /// Each connection that is carried now; of very many the oldest.
+    pub async fn carried(&self) -> Vec<Carried> {
+        let ask = |worker: &WeakUnboundedSender<Order>| {
+            let (to, answer) = oneshot::channel();
+            worker.upgrade()?.send(Order::Tell(to)).ok()?;
+            Some(answer)
+        };
+        let asked: Vec<_> = self.workers.get().into_iter().flatten().filter_map(ask).collect();
+        let mut all = Vec::new();
+        for answer in asked {
+            // A worker that ends carries nothing.
+            all.extend(answer.await.into_iter().flatten());
+        }
+        all
     }
 
     /// One more, until it is dropped.
@@ -206,8 +229,10 @@ impl Tunnel {
     /// Starts the workers. They end with it.
     pub fn start(shared: Shared, workers: usize) -> io::Result<Self> {
         let shared = Arc::new(shared);
-        let workers =
+        let workers: Vec<_> =
             (0..workers.max(1)).map(|number| Worker::start(number, shared.clone())).collect::<Result<_, _>>()?;
+        // Without holding them: a worker ends with its last sender.
+        let _ = shared.workers.set(workers.iter().map(UnboundedSender::downgrade).collect());
         Ok(Self { shared, workers })
     }
 
