@@ -706,6 +706,9 @@ ready-file: /run/x/ready
 mtls: on
 trust-domain: example.org
 identity: ca:/etc/hitless/ca
+istio-ca-root: /etc/istio/root.pem
+istio-token: /run/token
+cluster-id: west
 policies: /etc/hitless/policies
 root-namespace: mesh
 local-tls: on

@@ -7,13 +7,20 @@ use std::{
     fmt::{Debug, Display},
     net::IpAddr,
     str::FromStr,
+    sync::Arc,
+    time::{Duration, SystemTime, UNIX_EPOCH},
 };
+
+use prost::Message as _;
 
 use serde_json::Value;
 
 use crate::{
     hbone::headers::{Authority, Baggage, Forwarded, TraceParent},
-    identity::SpiffeId,
+    identity::{
+        Credential, Issued, SpiffeId, TrustBundle, files, istio, pem,
+        workload_api::{self, protocol::X509svidResponse},
+    },
     policy::{
         Action, Authorization, Origin, Policies, ROOT_NAMESPACE, Request, Scope, Workload,
         file::contents,
@@ -28,6 +35,7 @@ pub type Target = (&'static str, fn(&[u8]));
 pub const TARGETS: &[Target] = &[
     ("authority", authority),
     ("baggage", baggage),
+    ("certificates", certificates),
     ("forwarded", forwarded),
     ("policy_file", policy_file),
     ("policy_object", policy_object),
@@ -60,6 +68,88 @@ fn header<T: FromStr + Display + PartialEq + Debug>(bytes: &[u8]) {
     // A header that says nothing is not sent.
     if !written.is_empty() {
         assert_eq!(T::from_str(&written).ok(), Some(read), "{written:?}");
+    }
+}
+
+/// The corpus' certificates are valid then.
+fn then() -> SystemTime {
+    // 2030-01-01
+    UNIX_EPOCH + Duration::from_secs(1_893_456_000)
+}
+
+/// Between the files of one input.
+const NEXT_FILE: &[u8] = b"\n%%\n";
+
+/// Chains, keys and roots: as files (`tls.crt`, `tls.key`, `ca.crt`, with lines of `%%` between them), as istiod's answer
+/// (texts with such lines between them), as a message of the Workload API, and as an identity.
+pub fn certificates(bytes: &[u8]) {
+    identities(bytes);
+}
+
+/// Whose certificates of the input are taken.
+pub fn identities(bytes: &[u8]) -> Vec<SpiffeId> {
+    let mut ids = Vec::new();
+    let files = split(bytes);
+    if let [chain, key, roots] = &files[..]
+        && let Ok(chain) = pem::certificates(chain, &"tls.crt")
+        && let Ok(key) = pem::key(key, &"tls.key")
+        && let Ok(roots) = pem::certificates(roots, &"ca.crt")
+    {
+        let issued = Issued { chain, key, roots };
+        if let Ok(credential) = files::whose(&issued, then()) {
+            taken(&credential, &issued);
+            ids.push(credential.id);
+        }
+    }
+    let texts: Vec<String> = files.iter().filter_map(|text| String::from_utf8(text.to_vec()).ok()).collect();
+    if let Ok((chain, roots)) = istio::split(&texts) {
+        assert!(!chain.is_empty() && !roots.is_empty(), "half an answer is none");
+        bundle(roots);
+    }
+    if let Ok(answer) = X509svidResponse::decode(bytes) {
+        for (id, issued) in workload_api::given(answer) {
+            let Ok(issued) = issued else { panic!("{id} is held and not given") };
+            let Some(trust) = bundle(issued.roots.clone()) else { continue };
+            let again = Issued { chain: issued.chain.clone(), key: issued.key.clone(), roots: issued.roots.clone() };
+            if let Ok(credential) = Credential::check(&id, again, trust, then()) {
+                taken(&credential, &issued);
+                ids.push(id);
+            }
+        }
+    }
+    if let Ok(Ok(id)) = std::str::from_utf8(bytes).map(str::parse::<SpiffeId>) {
+        assert_eq!(SpiffeId::new(id.trust_domain(), id.namespace(), id.service_account()).as_ref(), Ok(&id));
+    }
+    ids
+}
+
+fn split(mut bytes: &[u8]) -> Vec<&[u8]> {
+    let mut files = Vec::new();
+    while let Some(end) = bytes.windows(NEXT_FILE.len()).position(|window| window == NEXT_FILE) {
+        files.push(&bytes[..end]);
+        bytes = &bytes[end + NEXT_FILE.len()..];
+    }
+    files.push(bytes);
+    files
+}
+
+fn bundle(roots: Vec<rustls_pki_types::CertificateDer<'static>>) -> Option<Arc<TrustBundle>> {
+    let given = roots.clone();
+    let trust = TrustBundle::new("cluster.local", roots).ok()?;
+    assert!(given.iter().all(|root| trust.certificates().contains(root)), "a root is lost");
+    Some(Arc::new(trust))
+}
+
+/// Whoever was taken is who its certificate says, now, to those with its roots, and nobody else.
+fn taken(credential: &Credential, issued: &Issued) {
+    let id = &credential.id;
+    assert_eq!(id.as_str().parse().as_ref(), Ok(id));
+    assert!(credential.valid_at(then()) && !credential.valid_at(credential.not_after));
+    assert!(credential.trusted_by(&credential.trust, then()));
+    let other = SpiffeId::new(id.trust_domain(), id.namespace(), "somebody-else").expect("it is one");
+    let again = Issued { chain: issued.chain.clone(), key: issued.key.clone(), roots: issued.roots.clone() };
+    if *id != other {
+        assert!(Credential::check(&other, again, credential.trust.clone(), then()).is_err(), "{id} passes for {other}");
     }
 }
 

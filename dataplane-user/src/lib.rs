@@ -5,6 +5,7 @@ pub mod agent;
 pub mod cli;
 pub mod config;
 pub mod doctor;
+mod few;
 #[doc(hidden)]
 pub mod fuzz;
 pub mod hbone;

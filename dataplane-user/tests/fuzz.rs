@@ -2,7 +2,7 @@
 
 use std::{collections::BTreeSet, fs, path::PathBuf};
 
-use dataplane_user::fuzz::TARGETS;
+use dataplane_user::fuzz::{TARGETS, identities};
 
 fn corpora() -> PathBuf {
     PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("../fuzz/corpus")
@@ -91,4 +91,26 @@ fn targets_entry_points_and_corpora_have_the_same_names() {
     for name in &names {
         assert!(manifest.contains(&format!("name = \"{name}\"")), "{name} is no [[bin]] of fuzz/Cargo.toml");
     }
+}
+
+/// Otherwise its promises would be promises about nothing.
+#[test]
+fn of_the_kept_certificates_the_good_ones_are_taken() {
+    let mut taken = Vec::new();
+    for entry in fs::read_dir(corpora().join("certificates")).unwrap() {
+        let path = entry.unwrap().path();
+        if !identities(&fs::read(&path).unwrap()).is_empty() {
+            taken.push(path.file_name().unwrap().to_string_lossy().into_owned());
+        }
+    }
+    taken.sort();
+    let good = [
+        "files-direct.pem",
+        "files-rsa.pem",
+        "files-sec1-key.pem",
+        "files.pem",
+        "workload-api-two.bin",
+        "workload-api.bin",
+    ];
+    assert_eq!(taken, good);
 }

@@ -5,12 +5,14 @@ use std::{
     sync::Arc,
 };
 
-use super::protocol::{Certificate, ExplainPolicyRequest, Mesh, Policy, PolicyCounts, PolicyExplanation};
+use super::protocol::{
+    Carried, Certificate, Connection, ExplainPolicyRequest, Mesh, Policy, PolicyCounts, PolicyExplanation,
+};
 use crate::{
     identity,
     metrics::mesh::Facts,
     policy::{self, Standing, Workload},
-    tunnel::Shared,
+    tunnel::{Shared, carried, traffic::Reporter},
 };
 
 /// In a few numbers, for `hitless status`.
@@ -35,6 +37,42 @@ impl From<identity::Report> for Certificate {
         let identity::Report { identity, state, serial, not_before, not_after, next, roots, last_error } = report;
         let (state, roots) = (state.as_str().into(), roots as u64);
         Self { identity, state, serial, not_before, not_after, next, roots, last_error }
+    }
+}
+
+impl From<carried::Carried> for Connection {
+    fn from(row: carried::Carried) -> Self {
+        let carried::Carried { access, age, sent, received } = row;
+        let state = match (access.hbone, access.reporter, &access.destination_identity) {
+            (Some(_), ..) => "hbone",
+            // Both ends are here, and the node proves them.
+            (None, Reporter::Source, Some(_)) => "sameNode",
+            _ => "plaintext",
+        };
+        let pod = |workload: &Option<Arc<crate::mesh::Workload>>| workload.as_ref().map(|one| one.name.to_string());
+        let identity = |id: &Option<identity::SpiffeId>| id.as_ref().map(ToString::to_string);
+        let carried = Carried {
+            direction: match access.reporter {
+                Reporter::Source => "outbound".into(),
+                Reporter::Destination => "inbound".into(),
+            },
+            service: access.service.as_deref().map(str::to_owned),
+            source: pod(&access.source_workload),
+            destination: pod(&access.destination_workload),
+            source_identity: identity(&access.source_identity),
+            destination_identity: identity(&access.destination_identity),
+            age_ms: age.as_millis() as u64,
+            bytes_sent: sent,
+            bytes_received: received,
+        };
+        Self {
+            client: access.source.to_string(),
+            peer: access.destination.to_string(),
+            backend: access.hbone.unwrap_or(access.destination).to_string(),
+            state: state.into(),
+            idle_ms: None,
+            carried: Some(carried),
+        }
     }
 }
 

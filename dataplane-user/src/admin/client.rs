@@ -11,9 +11,10 @@ use tonic::{
 };
 
 use super::protocol::{
-    Certificate, Connection, Drain, DumpStateRequest, EndpointRow, EventRow, ExplainPolicyRequest, GetConfigRequest,
-    GetStatusRequest, ListCertificatesRequest, ListConnectionsRequest, ListDrainsRequest, ListEndpointsRequest,
-    ListPoliciesRequest, Policy, PolicyExplanation, Setting, Status, WatchEventsRequest, admin_client::AdminClient,
+    Certificate, Connection, Drain, DumpMeshRequest, DumpStateRequest, EndpointRow, EventRow, ExplainPolicyRequest,
+    GetConfigRequest, GetStatusRequest, ListCertificatesRequest, ListConnectionsRequest, ListDrainsRequest,
+    ListEndpointsRequest, ListPoliciesRequest, MeshObject, Policy, PolicyExplanation, Setting, Status,
+    WatchEventsRequest, admin_client::AdminClient,
 };
 use crate::model::{Object, Snapshot};
 
@@ -82,7 +83,7 @@ impl Client {
         Ok(rows)
     }
 
-    /// The connections that were moved.
+    /// The connections that were moved, and those that are carried.
     pub fn connections(&mut self) -> anyhow::Result<Vec<Connection>> {
         let mut rows = Vec::new();
         each(&self.runtime, self.admin.list_connections(ListConnectionsRequest {}), |row| {
@@ -100,6 +101,16 @@ impl Client {
             Ok(true)
         })?;
         Ok(rows)
+    }
+
+    /// The mesh's part of what ztunnel's /config_dump has.
+    pub fn mesh(&mut self) -> anyhow::Result<Vec<MeshObject>> {
+        let mut objects = Vec::new();
+        each(&self.runtime, self.admin.dump_mesh(DumpMeshRequest {}), |object| {
+            objects.push(object);
+            Ok(true)
+        })?;
+        Ok(objects)
     }
 
     /// Every policy that the agent was told.

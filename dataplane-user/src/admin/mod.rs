@@ -8,6 +8,7 @@ pub mod client;
 pub mod protocol;
 mod server;
 mod socket;
+pub mod ztunnel;
 
 use std::path::{Path, PathBuf};
 

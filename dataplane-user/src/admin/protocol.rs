@@ -24,11 +24,11 @@ mod generated {
 }
 
 pub use generated::{
-    Agent, Backend as BackendRow, Certificate, Config, Connection, Drain, DumpStateRequest, Endpoint as EndpointRow,
-    Event as EventRow, ExplainPolicyRequest, GetConfigRequest, GetStatusRequest, Hook, KernelSide, Link,
-    ListCertificatesRequest, ListConnectionsRequest, ListDrainsRequest, ListEndpointsRequest, ListPoliciesRequest, Map,
-    Mesh, Objects, Pod as PodRow, Policy, PolicyCounts, PolicyExplanation, Setting, Source, StateObject, Status,
-    WatchEventsRequest, admin_client, admin_server,
+    Agent, Backend as BackendRow, Carried, Certificate, Config, Connection, Drain, DumpMeshRequest, DumpStateRequest,
+    Endpoint as EndpointRow, Event as EventRow, ExplainPolicyRequest, GetConfigRequest, GetStatusRequest, Hook,
+    KernelSide, Link, ListCertificatesRequest, ListConnectionsRequest, ListDrainsRequest, ListEndpointsRequest,
+    ListPoliciesRequest, Map, Mesh, MeshObject, Objects, Pod as PodRow, Policy, PolicyCounts, PolicyExplanation,
+    Setting, Source, StateObject, Status, WatchEventsRequest, admin_client, admin_server,
 };
 
 /// Names for the numbers in an event.
@@ -161,7 +161,8 @@ impl Connection {
             peer: at(key.peer, key.peer_port_be),
             backend: at(flow.to, flow.to_port_be),
             state: state.into(),
-            idle_ms: now_ns.saturating_sub(flow.last_seen_ns) / 1_000_000,
+            idle_ms: Some(now_ns.saturating_sub(flow.last_seen_ns) / 1_000_000),
+            carried: None,
         }
     }
 }

@@ -10,13 +10,14 @@ use tonic::{Request, Response};
 use super::{
     Query, about_mesh,
     protocol::{
-        Certificate, Config, Connection, Drain, DumpStateRequest, EndpointRow, EventRow, ExplainPolicyRequest,
-        GetConfigRequest, GetStatusRequest, ListCertificatesRequest, ListConnectionsRequest, ListDrainsRequest,
-        ListEndpointsRequest, ListPoliciesRequest, Policy, PolicyExplanation, StateObject, Status, WatchEventsRequest,
+        Certificate, Config, Connection, Drain, DumpMeshRequest, DumpStateRequest, EndpointRow, EventRow,
+        ExplainPolicyRequest, GetConfigRequest, GetStatusRequest, ListCertificatesRequest, ListConnectionsRequest,
+        ListDrainsRequest, ListEndpointsRequest, ListPoliciesRequest, MeshObject, Policy, PolicyExplanation,
+        StateObject, Status, WatchEventsRequest,
         admin_server::{Admin, AdminServer},
         counters,
     },
-    socket,
+    socket, ztunnel,
 };
 use crate::{
     kernel::{Reader, monotonic_ns},
@@ -138,8 +139,12 @@ impl Admin for Service {
     async fn list_connections(&self, _: Request<ListConnectionsRequest>) -> Answer<Self::ListConnectionsStream> {
         let flows = self.read(Reader::flows).await?.map_err(|error| tonic::Status::internal(error.to_string()))?;
         let now = monotonic_ns();
-        let rows = flows.into_iter().map(move |(key, flow)| Ok(Connection::new(&key, &flow, now)));
-        Ok(Response::new(Box::pin(stream::iter(rows))))
+        let moved = flows.into_iter().map(move |(key, flow)| Ok(Connection::new(&key, &flow, now)));
+        let carried = match self.ask(Query::Mesh).await? {
+            Some(mesh) => mesh.shared.carried().await,
+            None => Vec::new(),
+        };
+        Ok(Response::new(Box::pin(stream::iter(moved.chain(carried.into_iter().map(|row| Ok(row.into())))))))
     }
 
     async fn get_config(&self, _: Request<GetConfigRequest>) -> Answer<Config> {
@@ -158,6 +163,15 @@ impl Admin for Service {
         };
         let objects = ReceiverStream::new(pieces).flat_map(stream::iter);
         Ok(Response::new(Box::pin(objects.map(encode))))
+    }
+
+    type DumpMeshStream = Pieces<MeshObject>;
+
+    async fn dump_mesh(&self, _: Request<DumpMeshRequest>) -> Answer<Self::DumpMeshStream> {
+        let mesh = self.mesh().await?.shared;
+        // Certificates are read again for it.
+        let objects = tokio::task::spawn_blocking(move || ztunnel::dump(&mesh)).await.map_err(|_| stopping())?;
+        Ok(Response::new(Box::pin(stream::iter(objects).map(Ok))))
     }
 
     type ListCertificatesStream = Pieces<Certificate>;

@@ -91,7 +91,7 @@ impl Mesh {
         if let Some(client) = api {
             parts.push(("policies of the API", Box::pin(source::policies::kube::serve(client, policies.clone()))));
         }
-        let authority = settings.identity.open()?;
+        let authority = settings.identity.open(&settings.istio)?;
         let store = Store::new(authority, Default::default());
         let renewing = store.clone();
         parts.push((

@@ -136,16 +136,32 @@ async fn endpoints(core: Shared, service: Option<String>, to: mpsc::Sender<Vec<E
 
 /// Likewise: an object that changes meanwhile is told as it is when its turn comes.
 async fn state(core: Shared, to: mpsc::Sender<Vec<Object>>) {
-    let mut parts = core.borrow().registry.parts();
+    let (mut parts, mesh) = {
+        let core = core.borrow();
+        (core.registry.parts(), core.mesh.facts())
+    };
     // Of 100,000 pods this takes longer than an event may wait.
     let sorted = tokio::task::spawn_blocking(move || {
         parts.sort_unstable();
-        parts
+        (parts, mesh.map(|mesh| mesh.shared.view.all()).unwrap_or_default())
     });
-    let Ok(parts) = sorted.await else { return };
+    let Ok((parts, workloads)) = sorted.await else { return };
     for parts in parts.chunks(SERVICES_AT_A_TIME) {
         let Ok(place) = to.reserve().await else { return };
         let core = core.borrow();
-        place.send(parts.iter().flat_map(|part| core.registry.told(part)).collect());
+        let mut objects: Vec<_> = parts.iter().flat_map(|part| core.registry.told(part)).collect();
+        for object in &mut objects {
+            // Who pods are is the mesh's knowledge, not the registry's.
+            if let Object::Pod(pod) = object
+                && let Some(workload) = workloads.get(&pod.name)
+            {
+                pod.service_account = Some(workload.identity.service_account().into());
+                pod.addresses.clone_from(&workload.addresses);
+                if let Some(selected_by) = &workload.selected_by {
+                    pod.labels.clone_from(&selected_by.labels);
+                }
+            }
+        }
+        place.send(objects);
     }
 }

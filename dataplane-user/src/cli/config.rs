@@ -5,7 +5,7 @@ use std::process::ExitCode;
 use clap::{Args, ValueEnum};
 use serde_json::{Map, Value};
 
-use super::{AgentArgs, json, print, table::table};
+use super::{AgentArgs, json, print, table::table, ztunnel};
 use crate::admin::{client::Client, protocol::Setting};
 
 #[derive(Args, Debug)]
@@ -13,6 +13,10 @@ pub struct DumpArgs {
     /// Not the options but the services, backends, pods and nodes that the agent knows, as `--source file:` reads them
     #[arg(long)]
     state: bool,
+    /// The mesh in the shape of ztunnel's /config_dump: workloads, services, policies, certificates. Always JSON, for
+    /// `istioctl ztunnel-config all --file`
+    #[arg(long, conflicts_with = "state")]
+    ztunnel: bool,
     #[command(flatten)]
     agent: AgentArgs,
     /// yaml and json can be fed back; the table is for reading
@@ -33,6 +37,12 @@ pub fn dump(args: &DumpArgs) -> anyhow::Result<ExitCode> {
         anyhow::bail!("the state is printed as yaml or json; `hitless endpoints` shows it as a table");
     }
     let mut client = Client::connect(&args.agent.socket()?)?;
+    if args.ztunnel {
+        let node = settings(client.config()?)?.into_iter().find(|(key, ..)| key == "node-name");
+        let node = node.and_then(|(_, value, _)| value.as_str().map(str::to_owned)).unwrap_or_default();
+        json(&ztunnel::dump(&client.mesh()?, &client.state()?, &node)?)?;
+        return Ok(ExitCode::SUCCESS);
+    }
     if args.state {
         let state = without_nulls(serde_json::to_value(client.state()?)?);
         match args.output {

@@ -11,6 +11,7 @@ mod policy;
 mod rollout;
 mod status;
 mod table;
+mod ztunnel;
 
 use std::{io::Write, path::PathBuf, process::ExitCode};
 
@@ -69,7 +70,8 @@ enum Command {
         #[command(flatten)]
         look: LookArgs,
     },
-    /// Connections that live on another backend than they began with
+    /// Connections that live on another backend than they began with, and those that the tunnel carries (of very many the
+    /// oldest)
     Connections(LookArgs),
     /// Pods that go: who knew when (deletion, stop signal, listener, control plane), what was rescued
     #[command(subcommand)]

@@ -3,7 +3,10 @@
 use std::{collections::BTreeMap, process::ExitCode, time::Duration};
 
 use super::{LookArgs, Output, json, print, table::table};
-use crate::admin::{client::Client, protocol::Drain};
+use crate::admin::{
+    client::Client,
+    protocol::{Connection, Drain},
+};
 
 /// How often a live view looks.
 const LOOK: Duration = Duration::from_millis(300);
@@ -172,15 +175,81 @@ pub fn connections(look: &LookArgs) -> anyhow::Result<ExitCode> {
         json(&connections)?;
         return Ok(ExitCode::SUCCESS);
     }
-    let rows: Vec<_> =
-        connections.into_iter().map(|c| [c.client, c.peer, c.backend, c.state, span(c.idle_ms * 1_000_000)]).collect();
-    print(&table(["CLIENT", "BELIEVES IN", "LIVES ON", "STATE", "IDLE"], &rows))?;
+    print(&tables(connections))?;
     Ok(ExitCode::SUCCESS)
+}
+
+/// Those that were moved, then those that are carried.
+fn tables(connections: Vec<Connection>) -> String {
+    let (carried, moved): (Vec<_>, Vec<_>) = connections.into_iter().partition(|c| c.carried.is_some());
+    let mut out = String::new();
+    if !moved.is_empty() || carried.is_empty() {
+        let idle = |c: &Connection| c.idle_ms.map_or_else(|| "-".into(), |ms| span(ms * 1_000_000));
+        let rows: Vec<_> = moved
+            .into_iter()
+            .map(|c| {
+                let idle = idle(&c);
+                [c.client, c.peer, c.backend, c.state, idle]
+            })
+            .collect();
+        out += &table(["CLIENT", "BELIEVES IN", "LIVES ON", "STATE", "IDLE"], &rows);
+    }
+    if carried.is_empty() {
+        return out;
+    }
+    if !out.is_empty() {
+        out.push('\n');
+    }
+    let rows: Vec<_> = carried
+        .into_iter()
+        .map(|c| {
+            let about = c.carried.unwrap_or_default();
+            let known = |text: Option<String>| text.unwrap_or_else(|| "-".into());
+            [
+                about.direction,
+                c.state,
+                c.client,
+                c.backend,
+                known(about.service),
+                known(about.source_identity),
+                known(about.destination_identity),
+                span(about.age_ms * 1_000_000),
+                about.bytes_sent.to_string(),
+                about.bytes_received.to_string(),
+            ]
+        })
+        .collect();
+    let heads =
+        ["DIRECTION", "STATE", "CLIENT", "SERVER", "SERVICE", "CLIENT IS", "SERVER IS", "AGE", "SENT", "RECEIVED"];
+    out + &table(heads, &rows)
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::admin::protocol::Carried;
+
+    #[test]
+    fn moved_and_carried_connections_are_two_tables() {
+        let moved = Connection { client: "10.0.0.1:1".into(), idle_ms: Some(1000), ..Connection::default() };
+        let about = Carried {
+            direction: "outbound".into(),
+            source_identity: Some("spiffe://d/ns/a/sa/b".into()),
+            age_ms: 2000,
+            bytes_sent: 7,
+            ..Carried::default()
+        };
+        let carried = Connection { state: "hbone".into(), carried: Some(about), ..Connection::default() };
+        let both = tables(vec![moved.clone(), carried.clone()]);
+        let (first, second) = both.split_once("\n\n").unwrap();
+        assert!(first.starts_with("CLIENT") && first.contains("10.0.0.1:1"), "{first}");
+        assert!(second.starts_with("DIRECTION") && second.contains("spiffe://d/ns/a/sa/b"), "{second}");
+        assert!(tables(vec![carried]).starts_with("DIRECTION"), "no empty table before it");
+        assert!(tables(vec![]).starts_with("CLIENT"));
+        let json = serde_json::to_value(&moved).unwrap();
+        assert_eq!(json["idleMs"], 1000);
+        assert!(json.get("carried").is_none(), "{json}");
+    }
 
     #[test]
     fn pods_of_one_workload_are_one_rollout_and_its_worst_lag_is_told() {

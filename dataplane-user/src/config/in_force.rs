@@ -10,7 +10,10 @@ use super::{
     Cluster, Config, LogFormat, MapSizes, Mark, MeshOptions, MetricsAddress, OnExit, Options, Place, Span, Switch,
     TcxUse, WhenReplaced,
 };
-use crate::kernel::{self, Sizes};
+use crate::{
+    identity::istio::IstioPlaces,
+    kernel::{self, Sizes},
+};
 
 /// Where an option was set.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -50,6 +53,7 @@ impl Options {
     pub fn defaults() -> Self {
         let kernel = kernel::Config::default();
         let settings = kernel.settings;
+        let istio = IstioPlaces::default();
         Self {
             place: Place {
                 state_dir: Some(Place::default().state_dir()),
@@ -77,6 +81,9 @@ impl Options {
             mesh: MeshOptions {
                 mtls: Some(Switch::Off),
                 trust_domain: Some("cluster.local".into()),
+                istio_ca_root: Some(istio.root),
+                istio_token: Some(istio.token),
+                cluster_id: Some(istio.cluster_id),
                 root_namespace: Some(crate::policy::ROOT_NAMESPACE.into()),
                 local_tls: Some(Switch::Off),
                 tunnel_drain: "10s".parse::<Span>().ok(),

@@ -7,7 +7,10 @@ use clap::Args;
 use serde::{Deserialize, Serialize};
 
 use super::{Span, Switch};
-use crate::{identity::Source as IdentitySource, policy::ROOT_NAMESPACE};
+use crate::{
+    identity::{Source as IdentitySource, istio::IstioPlaces},
+    policy::ROOT_NAMESPACE,
+};
 
 /// As `Options`, for the mesh.
 #[derive(Args, Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -26,6 +29,20 @@ pub struct MeshOptions {
     /// istio:https://HOST:PORT (istiod)
     #[arg(long, env = "HITLESS_IDENTITY", value_name = "SOURCE")]
     pub identity: Option<IdentitySource>,
+
+    /// With istio: whom to believe to be istiod, PEM; read again for each certificate
+    /// [default: /var/run/secrets/istio/root-cert.pem]
+    #[arg(long, env = "HITLESS_ISTIO_CA_ROOT", value_name = "FILE")]
+    pub istio_ca_root: Option<PathBuf>,
+
+    /// With istio: a service account token of the audience istio-ca; read again for each certificate
+    /// [default: /var/run/secrets/tokens/istio-token]
+    #[arg(long, env = "HITLESS_ISTIO_TOKEN", value_name = "FILE")]
+    pub istio_token: Option<PathBuf>,
+
+    /// With istio: istiod's name of this cluster [default: Kubernetes]
+    #[arg(long, env = "HITLESS_CLUSTER_ID", value_name = "NAME")]
+    pub cluster_id: Option<String>,
 
     /// Istio's AuthorizationPolicy and PeerAuthentication objects as YAML: a file or a directory, watched
     #[arg(long, env = "HITLESS_POLICIES", value_name = "PATH")]
@@ -56,6 +73,7 @@ const DRAIN: Duration = Duration::from_secs(10);
 pub struct MeshSettings {
     pub trust_domain: Arc<str>,
     pub identity: IdentitySource,
+    pub istio: IstioPlaces,
     pub policies: Option<PathBuf>,
     pub root_namespace: String,
     pub local_tls: bool,
@@ -72,6 +90,9 @@ impl MeshOptions {
             mtls,
             trust_domain,
             identity,
+            istio_ca_root,
+            istio_token,
+            cluster_id,
             policies,
             root_namespace,
             local_tls,
@@ -95,10 +116,20 @@ impl MeshOptions {
         if let Err(bad) = crate::identity::SpiffeId::new(&trust_domain, "a", "a") {
             bail!("trust-domain is {trust_domain:?}: {bad}");
         }
+        let istios = IstioPlaces::default();
+        let istio = IstioPlaces {
+            root: self.istio_ca_root.unwrap_or(istios.root),
+            token: self.istio_token.unwrap_or(istios.token),
+            cluster_id: self.cluster_id.unwrap_or(istios.cluster_id),
+        };
+        if istio.cluster_id.is_empty() || !istio.cluster_id.bytes().all(|byte| byte.is_ascii_graphic()) {
+            bail!("cluster-id is {:?}: it is letters, digits and signs, as istiod's CLUSTER_ID is", istio.cluster_id);
+        }
         let workers = self.tunnel_workers.unwrap_or(0) as usize;
         Ok(Some(MeshSettings {
             trust_domain: trust_domain.into(),
             identity,
+            istio,
             policies: self.policies,
             root_namespace: self.root_namespace.unwrap_or_else(|| ROOT_NAMESPACE.into()),
             local_tls: self.local_tls.unwrap_or(Switch::Off) == Switch::On,

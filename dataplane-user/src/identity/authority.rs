@@ -1,6 +1,6 @@
 //! Who vouches for workloads: the one question that every source of certificates answers.
 
-use std::{borrow::Cow, future::Future, pin::Pin};
+use std::{borrow::Cow, future::Future, pin::Pin, time::SystemTime};
 
 use rustls_pki_types::{CertificateDer, PrivateKeyDer};
 use tokio::{sync::watch, task::JoinHandle};
@@ -19,6 +19,11 @@ pub trait Authority: Send + Sync + 'static {
     /// Counts the times when the source had news of its own accord (a rotated bundle, a file that changed): what was
     /// issued before is to be asked for again. None: it only answers.
     fn news(&self) -> Option<watch::Receiver<u64>>;
+
+    /// When what it signs with expires, and with it all that it signed. None: that is not for us to know.
+    fn not_after(&self) -> Option<SystemTime> {
+        None
+    }
 }
 
 pub type Issuing<'a> = Pin<Box<dyn Future<Output = Result<Issued, IssueError>> + Send + 'a>>;

@@ -59,11 +59,6 @@ impl OwnCa {
         Ok(Self { name: format!("own CA in {}", directory.display()), life, signer, news, _follow: follow })
     }
 
-    /// When the signing certificate expires, and with it all that it signed.
-    pub fn not_after(&self) -> SystemTime {
-        self.signer().not_after
-    }
-
     fn signer(&self) -> Arc<Signer> {
         self.signer.read().unwrap_or_else(PoisonError::into_inner).clone()
     }
@@ -81,6 +76,10 @@ impl Authority for OwnCa {
 
     fn news(&self) -> Option<watch::Receiver<u64>> {
         Some(self.news.clone())
+    }
+
+    fn not_after(&self) -> Option<SystemTime> {
+        Some(self.signer().until)
     }
 }
 
@@ -117,6 +116,8 @@ struct Signer {
     roots: Vec<CertificateDer<'static>>,
     not_before: SystemTime,
     not_after: SystemTime,
+    /// When the first certificate expires that its peers need: its own, one above it, or the last root.
+    until: SystemTime,
 }
 
 impl Signer {
@@ -164,7 +165,13 @@ impl Signer {
         if let Some(root) = chain.iter().position(|certificate| roots.contains(certificate)) {
             chain.truncate(root);
         }
-        let signer = Self { issuer, chain, signing, roots, not_before, not_after };
+        let ends = |certificate: &CertificateDer<'static>| {
+            parse(certificate, "a certificate above it").map(|certificate| validity(&certificate).1)
+        };
+        let above = chain.iter().map(ends).collect::<Result<Vec<_>, _>>().map_err(|flaw| flaw.to_string())?;
+        let last_root = roots.iter().filter_map(|root| ends(root).ok()).max();
+        let until = above.into_iter().chain(last_root).fold(not_after, SystemTime::min);
+        let signer = Self { issuer, chain, signing, roots, not_before, not_after, until };
         signer.prove().map(|()| signer)
     }
 

@@ -6,7 +6,6 @@
 
 use std::{
     collections::BTreeMap,
-    fmt::Display,
     fs,
     path::{Path, PathBuf},
     sync::{Arc, PoisonError, RwLock},
@@ -18,7 +17,7 @@ use tokio::sync::watch;
 use tracing::{info, warn};
 
 use super::{
-    Authority, BadSpiffeId, Credential, IssueError, Issued, Issuing, SecretKey, SpiffeId, TrustBundle,
+    Authority, BadSpiffeId, Credential, Flaw, IssueError, Issued, Issuing, SecretKey, SpiffeId, TrustBundle,
     authority::Task,
     credential::{parse, the_uri, validity},
     pem,
@@ -142,14 +141,23 @@ fn read_pair(directory: &Path, above: &Path) -> Result<Pair, String> {
     let own = directory.join(pem::ROOTS);
     let roots = if own.exists() { own } else { above.join(pem::ROOTS) };
     let roots = pem::certificates(&pem::read(&roots)?, &roots.display())?;
-    let in_it = |problem: &dyn Display| format!("{}: {problem}", certificate.display());
-    let leaf = parse(&chain[0], "the leaf").map_err(|flaw| in_it(&flaw))?;
-    let id: SpiffeId = the_uri(&leaf).map_err(|flaw| in_it(&flaw))?.parse().map_err(|bad: BadSpiffeId| in_it(&bad))?;
-    let trust = TrustBundle::new(id.trust_domain(), roots.clone()).map_err(|flaw| in_it(&flaw))?;
+    let issued = Issued { chain, key, roots };
+    let credential =
+        whose(&issued, SystemTime::now()).map_err(|problem| format!("{}: {problem}", certificate.display()))?;
+    let not_after = validity(&parse(&issued.chain[0], "the leaf").map_err(|flaw| flaw.to_string())?).1;
+    let Issued { chain, key, roots } = issued;
+    Ok(Pair { id: credential.id, chain, key, roots, not_after })
+}
+
+/// Reads from the certificate whose it is, and takes it if the peers would.
+pub(crate) fn whose(issued: &Issued, now: SystemTime) -> Result<Credential, String> {
+    let Issued { chain, key, roots } = issued;
+    let said = |flaw: Flaw| flaw.to_string();
+    let leaf = parse(chain.first().ok_or(Flaw::EmptyChain).map_err(said)?, "the leaf").map_err(said)?;
+    let id: SpiffeId = the_uri(&leaf).map_err(said)?.parse().map_err(|bad: BadSpiffeId| bad.to_string())?;
+    let trust = TrustBundle::new(id.trust_domain(), roots.clone()).map_err(said)?;
     let issued = Issued { chain: chain.clone(), key: key.clone(), roots: roots.clone() };
-    Credential::check(&id, issued, Arc::new(trust), SystemTime::now()).map_err(|flaw| in_it(&flaw))?;
-    let not_after = validity(&leaf).1;
-    Ok(Pair { id, chain, key, roots, not_after })
+    Credential::check(&id, issued, Arc::new(trust), now).map_err(said)
 }
 
 /// The directory and those below it that hold a certificate. Kubernetes' own (`..data`) are not for readers.

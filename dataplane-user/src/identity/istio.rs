@@ -53,16 +53,29 @@ pub struct IstioConfig {
     pub life: Duration,
 }
 
-impl IstioConfig {
+/// What the agent shows istiod, and by what it knows it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct IstioPlaces {
+    pub root: PathBuf,
+    pub token: PathBuf,
+    pub cluster_id: String,
+}
+
+impl Default for IstioPlaces {
     /// Where Istio's own node proxy has these things.
-    pub fn new(address: &str) -> Self {
+    fn default() -> Self {
         Self {
-            address: address.to_owned(),
             root: "/var/run/secrets/istio/root-cert.pem".into(),
             token: "/var/run/secrets/tokens/istio-token".into(),
             cluster_id: "Kubernetes".into(),
-            life: Duration::from_secs(24 * 3_600),
         }
+    }
+}
+
+impl IstioConfig {
+    pub fn new(address: &str, places: &IstioPlaces) -> Self {
+        let IstioPlaces { root, token, cluster_id } = places.clone();
+        Self { address: address.to_owned(), root, token, cluster_id, life: Duration::from_secs(24 * 3_600) }
     }
 }
 
@@ -219,7 +232,7 @@ impl Roots {
 }
 
 /// Chain and roots. The last text of the answer holds the roots, one or several.
-fn split(answer: &[String]) -> Result<(Vec<CertificateDer<'static>>, Vec<CertificateDer<'static>>), String> {
+pub(crate) fn split(answer: &[String]) -> Result<(Vec<CertificateDer<'static>>, Vec<CertificateDer<'static>>), String> {
     let [chain @ .., roots] = answer else { return Err("an empty answer".into()) };
     if chain.is_empty() {
         return Err("a chain without a root".into());

@@ -7,7 +7,7 @@ pub mod ca;
 mod credential;
 pub mod files;
 pub mod istio;
-mod pem;
+pub(crate) mod pem;
 mod request;
 mod schedule;
 mod source;

@@ -8,7 +8,7 @@ use super::{
     Authority,
     ca::{self, OwnCa},
     files::Files,
-    istio::{Istio, IstioConfig},
+    istio::{Istio, IstioConfig, IstioPlaces},
     workload_api::WorkloadApi,
 };
 
@@ -34,12 +34,13 @@ pub struct BadSource(String);
 
 impl Source {
     /// Within a runtime of tokio, where it then follows its place.
-    pub fn open(&self) -> Result<Arc<dyn Authority>, ca::BadCa> {
+    /// `istio`: used when it is istiod.
+    pub fn open(&self, istio: &IstioPlaces) -> Result<Arc<dyn Authority>, ca::BadCa> {
         Ok(match self {
             Self::Ca(directory) => Arc::new(OwnCa::open(directory, ca::LIFE)?),
             Self::Files(directory) => Arc::new(Files::open(directory)),
             Self::Spiffe(socket) => Arc::new(WorkloadApi::open(socket)),
-            Self::Istio(address) => Arc::new(Istio::new(IstioConfig::new(address))),
+            Self::Istio(address) => Arc::new(Istio::new(IstioConfig::new(address, istio))),
         })
     }
 }

@@ -17,12 +17,18 @@ use serde::Serialize;
 use tokio::sync::{Notify, watch};
 use tracing::{debug, info, warn};
 
-use super::{Authority, Credential, Flaw, IssueError, IssueErrorKind, Issued, Schedule, SpiffeId, Timing, TrustBundle};
+use super::{
+    Authority, Credential, Flaw, IssueError, IssueErrorKind, Issued, Schedule, SpiffeId, Timing, TrustBundle,
+    credential::{parse, validity},
+};
 
 /// Questions that are open at the authority at a time: a node that starts does not flood it.
 const AT_ONCE: usize = 16;
 /// The clock may be set, and the machine may have slept.
 const LOOK_AGAIN: Duration = Duration::from_secs(30);
+const DAY: Duration = Duration::from_secs(86_400);
+/// Before an authority expires it is said each day: a new root has to get to every node before it signs.
+const AUTHORITY_ENDS: Duration = Duration::from_secs(30 * 86_400);
 
 /// Held by all threads; [`Store::run`] must be running for certificates to come.
 pub struct Store {
@@ -52,6 +58,8 @@ struct Entry {
     asking: bool,
     /// Something was new while the question was open: ask again.
     again: bool,
+    /// It was said that it expires soon and is not renewed.
+    warned: bool,
     /// Counts the answers; ends when the entry does.
     answers: watch::Sender<u64>,
 }
@@ -108,6 +116,17 @@ pub struct Numbers {
     pub waiting: usize,
     /// Seconds until each certificate expires; negative when it has.
     pub expiry: Vec<(SpiffeId, i64)>,
+    /// Seconds until the authority's own certificate expires, where it is known.
+    pub authority_expiry: Option<i64>,
+    /// Seconds until the last root of each trust domain expires.
+    pub roots_expiry: Vec<(Arc<str>, i64)>,
+}
+
+/// A certificate that is not renewed while it ends.
+struct Ending {
+    id: SpiffeId,
+    left: Duration,
+    error: IssueError,
 }
 
 impl Store {
@@ -228,6 +247,17 @@ impl Store {
         reports
     }
 
+    /// Every identity with what is held of it, and why there is nothing newer; sorted.
+    pub fn held(&self) -> Vec<(SpiffeId, Option<Arc<Credential>>, Option<String>)> {
+        let table = self.read();
+        let row = |(id, entry): (&SpiffeId, &Entry)| {
+            (id.clone(), entry.credential.clone(), entry.error.as_ref().map(ToString::to_string))
+        };
+        let mut held: Vec<_> = table.entries.iter().map(row).collect();
+        held.sort_by(|a, b| a.0.cmp(&b.0));
+        held
+    }
+
     pub fn numbers(&self) -> Numbers {
         let now = seconds(SystemTime::now()) as i64;
         let table = self.read();
@@ -237,7 +267,16 @@ impl Store {
         });
         let mut expiry: Vec<_> = expiry.collect();
         expiry.sort();
+        let roots = table.trust.iter().filter_map(|(domain, trust)| {
+            let last =
+                trust.certificates().iter().filter_map(|root| parse(root, "").ok()).map(|root| validity(&root).1);
+            Some((domain.clone(), seconds(last.max()?) as i64 - now))
+        });
+        let mut roots_expiry: Vec<_> = roots.collect();
+        roots_expiry.sort();
         Numbers {
+            authority_expiry: self.authority.not_after().map(|end| seconds(end) as i64 - now),
+            roots_expiry,
             renewed: self.renewed.load(Ordering::Relaxed),
             failed: self.failed.load(Ordering::Relaxed),
             waiting: table.entries.len() - expiry.len(),
@@ -249,8 +288,20 @@ impl Store {
     pub async fn run(&self) {
         let mut news = self.authority.news();
         let mut open = FuturesUnordered::new();
+        let mut said = None;
         loop {
             let now = SystemTime::now();
+            for Ending { id, left, error } in self.ending(now) {
+                warn!(%id, left_s = left.as_secs(), %error, "the certificate expires soon and is not renewed");
+            }
+            if let Some(left) = self.authority_ends(now, &mut said) {
+                let authority = self.authority.name();
+                warn!(
+                    authority,
+                    days = left.as_secs() / DAY.as_secs(),
+                    "the authority expires, and all it signed with it"
+                );
+            }
             for (id, number) in self.take_due(now, AT_ONCE - open.len()) {
                 open.push(async move {
                     let answer = tokio::time::timeout(self.timing.answer_wait, self.authority.issue(&id)).await;
@@ -276,6 +327,32 @@ impl Store {
                 () = tokio::time::sleep(sleep) => {}
             }
         }
+    }
+
+    /// Certificates that are not renewed and have less than a quarter of their life left; each is told once.
+    fn ending(&self, now: SystemTime) -> Vec<Ending> {
+        let mut table = self.write();
+        let ending = table.entries.iter_mut().filter(|(_, entry)| !entry.warned).filter_map(|(id, entry)| {
+            let (credential, error) = (entry.credential.as_ref()?, entry.error.as_ref()?);
+            let life = credential.not_after.duration_since(credential.not_before).unwrap_or_default();
+            let left = credential.not_after.duration_since(now).unwrap_or_default();
+            if left > life / 4 {
+                return None;
+            }
+            entry.warned = true;
+            Some(Ending { id: id.clone(), left, error: error.clone() })
+        });
+        ending.collect()
+    }
+
+    /// How long the authority has left, when that is to be said: once a day towards its end.
+    fn authority_ends(&self, now: SystemTime, said: &mut Option<SystemTime>) -> Option<Duration> {
+        let left = self.authority.not_after()?.duration_since(now).unwrap_or_default();
+        let due = said.is_none_or(|said| now.duration_since(said).map_or(true, |since| since >= DAY));
+        (left < AUTHORITY_ENDS && due).then(|| {
+            *said = Some(now);
+            left
+        })
     }
 
     /// Marks what is due as being asked for; those that have nothing come first.
@@ -383,6 +460,7 @@ impl Table {
                 error: None,
                 asking: false,
                 again: false,
+                warned: false,
                 answers: watch::Sender::new(0),
             }
         })
@@ -436,6 +514,7 @@ impl Entry {
 
     /// The same certificate again keeps its place: whoever compares pointers sees no change.
     fn take(&mut self, new: Credential) {
+        self.warned = false;
         match &self.credential {
             Some(old) if old.key.cert == new.key.cert && Arc::ptr_eq(&old.trust, &new.trust) => {}
             _ => self.credential = Some(Arc::new(new)),

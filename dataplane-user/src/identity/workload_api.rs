@@ -141,6 +141,12 @@ async fn stream(
     Ok(())
 }
 
+/// What a message of the stream gives, by identity.
+pub(crate) fn given(answer: X509svidResponse) -> Vec<(SpiffeId, Result<Issued, IssueError>)> {
+    let state = State::read(answer);
+    state.held.keys().map(|id| (id.clone(), state.issue(id, "the agent"))).collect()
+}
+
 impl State {
     fn read(answer: X509svidResponse) -> Self {
         let mut state = Self::default();

@@ -1,7 +1,7 @@
 //! Workloads by address, for the tunnel's threads: one writer, readers that hold a lock for one look.
 
 use std::{
-    collections::HashMap,
+    collections::{BTreeMap, HashMap},
     net::IpAddr,
     sync::{Arc, PoisonError, RwLock},
 };
@@ -32,6 +32,13 @@ impl View {
         let is = |one: &&Arc<Workload>| &*one.name == name;
         let here = self.by_pod.read().unwrap_or_else(PoisonError::into_inner).values().find(is).cloned();
         here.or_else(|| self.by_address.read().unwrap_or_else(PoisonError::into_inner).values().find(is).cloned())
+    }
+
+    /// Everybody, once, by name.
+    pub fn all(&self) -> BTreeMap<Arc<str>, Arc<Workload>> {
+        let by_address = self.by_address.read().unwrap_or_else(PoisonError::into_inner);
+        let by_pod = self.by_pod.read().unwrap_or_else(PoisonError::into_inner);
+        by_address.values().chain(by_pod.values()).map(|one| (one.name.clone(), one.clone())).collect()
     }
 
     /// The service of an address, as namespace/name.

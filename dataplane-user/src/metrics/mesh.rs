@@ -137,6 +137,15 @@ fn certificates(out: &mut Exposition, shared: &Shared) {
     for (identity, seconds) in &numbers.expiry {
         out.sample(&[("identity", identity.as_str())], *seconds as f64);
     }
+    let help = "Seconds until what certificates are signed with expires (signing: known of the mesh's own authority), and the \
+                last root of the trust domain.";
+    out.family("hitless_authority_expiry_seconds", Kind::Gauge, help);
+    if let Some(seconds) = numbers.authority_expiry {
+        out.sample(&[("certificate", "signing"), ("trust_domain", "")], seconds as f64);
+    }
+    for (domain, seconds) in &numbers.roots_expiry {
+        out.sample(&[("certificate", "root"), ("trust_domain", domain)], *seconds as f64);
+    }
     let help = "Identities that have no certificate yet.";
     out.one("hitless_certificates_waiting", Kind::Gauge, help, numbers.waiting as f64);
     let help = "Certificates taken into use, and questions to the authority without a usable answer.";

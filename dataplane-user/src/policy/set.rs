@@ -208,6 +208,14 @@ impl Policies {
         self.objects.iter().map(of).collect()
     }
 
+    /// The authorizations in force, by name.
+    pub fn authorizations(&self) -> Vec<Arc<Policy>> {
+        let states = self.objects.values().map(|held| &held.state);
+        states
+            .filter_map(|state| if let State::Authorization(policy) = state { Some(policy.clone()) } else { None })
+            .collect()
+    }
+
     fn take(&mut self, origin: Origin, object: Parsed, outcome: &mut Outcome) {
         let id = (origin, object.key);
         let mut warnings = object.warnings;

@@ -11,12 +11,12 @@ use super::{
     Index, NONE, Registry, Seed,
     address::{self, Family},
     change::Change,
-    hash::HashMap,
+    hash::{Numbers, hash_of},
     ids::Ids,
     problem::backend_name,
     slots::Section,
 };
-use crate::model;
+use crate::{few::Few, model};
 
 /// What names a backend object within its service port: address and target port.
 pub(super) type ObjectKey = (Addr, u16);
@@ -39,7 +39,7 @@ pub(super) struct Object {
 pub(super) struct Physical {
     pub value: abi::Backend,
     /// The service ports that list it.
-    pub members: Vec<Index>,
+    pub members: Few<Index>,
     pub pod: Index,
     pub prev_in_pod: u32,
     /// The control plane says that it terminates, and whether it serves.
@@ -49,7 +49,7 @@ pub(super) struct Physical {
 #[derive(Debug)]
 pub(super) struct Backends {
     items: Vec<Option<Physical>>,
-    by_endpoint: HashMap<Endpoint, u32>,
+    by_endpoint: Numbers,
     /// The last generation of every number, living or not.
     generations: Vec<u16>,
     ids: Ids,
@@ -60,7 +60,7 @@ impl Backends {
         let used: HashSet<_> = seed.backends.iter().map(|(id, ..)| *id).collect();
         let mut this = Self {
             items: Vec::new(),
-            by_endpoint: HashMap::default(),
+            by_endpoint: Numbers::default(),
             generations: Vec::new(),
             ids: Ids::new(max, &used),
         };
@@ -82,7 +82,8 @@ impl Backends {
     }
 
     pub(super) fn at(&self, at: &Endpoint) -> Option<u32> {
-        self.by_endpoint.get(at).copied()
+        let is = |&id: &u32| self.get(id).is_some_and(|physical| physical.value.at == *at);
+        self.by_endpoint.find(hash_of(at), is).copied()
     }
 
     pub(super) fn iter(&self) -> impl Iterator<Item = (u32, &Physical)> {
@@ -132,7 +133,9 @@ impl Backends {
         if self.items.len() <= id as usize {
             self.items.resize_with(id as usize + 1, || None);
         }
-        self.by_endpoint.insert(physical.value.at, id);
+        let items = &self.items;
+        let of = |&id: &u32| items[id as usize].as_ref().map_or(0, |physical| hash_of(&physical.value.at));
+        self.by_endpoint.insert_unique(hash_of(&physical.value.at), id, of);
         self.items[id as usize] = Some(physical);
     }
 }
@@ -253,7 +256,7 @@ impl Registry {
             None => self.backends.next_generation(number),
         };
         let value = abi::Backend { at, generation: generation.into(), ..abi::Backend::default() };
-        let physical = Physical { value, members: vec![port], pod: NONE, prev_in_pod: 0, terminating: None };
+        let physical = Physical { value, members: Few::One(port), pod: NONE, prev_in_pod: 0, terminating: None };
         self.backends.insert(number, physical);
 
         let terminating = self.terminating(number);
@@ -293,7 +296,10 @@ impl Registry {
         self.unlink(number);
         let Some(physical) = self.backends.items[number as usize].take() else { return };
         self.groups.moved(physical.value.group, 0);
-        self.backends.by_endpoint.remove(&physical.value.at);
+        let by_endpoint = &mut self.backends.by_endpoint;
+        if let Ok(entry) = by_endpoint.find_entry(hash_of(&physical.value.at), |&other| other == number) {
+            entry.remove();
+        }
         // An adopted number stays reserved until the first sync is through.
         if self.boot.as_ref().is_none_or(|boot| boot.generation(number).is_none()) {
             self.backends.ids.give_back(number);

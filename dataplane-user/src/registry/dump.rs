@@ -1,7 +1,7 @@
 //! The desired state as it is held, in the words of a source: told again, it changes nothing.
 //!
-//! What the registry has no use for it does not keep: addresses and labels of pods are not told
-//! again. A pod's process is told as the network namespace it was found by, a label that makes a
+//! What the registry has no use for it does not keep: addresses, labels and service accounts of pods are not
+//! told again here; who has a mesh adds them. A pod's process is told as the network namespace it was found by, a label that makes a
 //! gateway as `gateway`, stop signals by number.
 
 use std::net::IpAddr;
@@ -85,7 +85,7 @@ impl Registry {
     }
 
     fn pod_told(&self, name: &Name) -> Option<Pod> {
-        let pod = self.pod_index.get(name).map(|&index| &self.pods[index]).filter(|pod| pod.declared)?;
+        let pod = self.pod_at(name).map(|index| &self.pods[index]).filter(|pod| pod.declared)?;
         let has = |flag| pod.local.as_ref().is_some_and(|local| local.flags & flag != 0);
         Some(Pod {
             name: name.clone(),

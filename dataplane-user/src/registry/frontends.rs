@@ -42,6 +42,8 @@ impl Frontends {
             return Claimed::Full;
         }
         let claims = self.claims.entry(at).or_default();
+        // Nearly always the only one.
+        claims.reserve_exact(1);
         let place = claims.partition_point(|other| *other < claim);
         if place == 0 {
             out.push(put(at, claim.service));

@@ -3,9 +3,17 @@
 //! A relist of 100,000 backends is a million look-ups; the standard library's hash, which withstands
 //! keys chosen by an attacker, was half of its time.
 
-use std::hash::{BuildHasherDefault, Hasher};
+use std::hash::{BuildHasher as _, BuildHasherDefault, Hash, Hasher};
 
 pub(super) type HashMap<K, V> = std::collections::HashMap<K, V, BuildHasherDefault<Multiply>>;
+
+/// Numbers of records that hold their own keys: a fifth of a map's size, for a hundred thousand of them.
+pub(super) type Numbers = hashbrown::HashTable<u32>;
+
+/// The hash of a key in [`Numbers`].
+pub(super) fn hash_of<K: Hash + ?Sized>(key: &K) -> u64 {
+    BuildHasherDefault::<Multiply>::default().hash_one(key)
+}
 
 /// Multiply and rotate, a word at a time (as rustc's own tables do).
 #[derive(Default)]

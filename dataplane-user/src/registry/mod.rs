@@ -39,7 +39,7 @@ use self::{
     change::{Change, PodId},
     frontends::Frontends,
     groups::Groups,
-    hash::HashMap,
+    hash::{HashMap, Numbers},
     ids::Slab,
     pods::Pod,
     problem::{Name, check_backend, check_pod, check_service},
@@ -79,7 +79,8 @@ pub struct Registry {
     service_index: HashMap<Name, Index>,
     services: Slab<Service>,
     ports: Slab<Port>,
-    pod_index: HashMap<Name, Index>,
+    /// By name.
+    pod_index: Numbers,
     pods: Slab<Pod>,
     pods_by_id: HashMap<PodId, Index>,
     service_ports: HashMap<abi::ServiceId, (Index, Family)>,
@@ -118,7 +119,7 @@ impl Registry {
             service_index: HashMap::default(),
             services: Slab::default(),
             ports: Slab::default(),
-            pod_index: HashMap::default(),
+            pod_index: Numbers::default(),
             pods: Slab::default(),
             pods_by_id: HashMap::default(),
             service_ports: HashMap::default(),
@@ -147,7 +148,7 @@ impl Registry {
 
     /// The number of a pod, if it runs here.
     pub fn pod_id(&self, name: &str) -> Option<PodId> {
-        let index = *self.pod_index.get(name)?;
+        let index = self.pod_at(name)?;
         Some(self.pods[index].local.as_ref()?.id)
     }
 
@@ -234,7 +235,7 @@ impl Registry {
                 }
             }
             Key::Pod { name } => {
-                if let Some(&index) = self.pod_index.get(&name) {
+                if let Some(index) = self.pod_at(&name) {
                     self.delete_pod(index);
                 }
             }

@@ -8,9 +8,13 @@ use super::{
     Index, NONE, Registry,
     backends::ObjectKey,
     change::{Change, Enrollment, Netns, PodId},
+    hash::hash_of,
     problem::{Name, stop_signals},
 };
-use crate::model::{self, GATEWAY_LABEL};
+use crate::{
+    few::Few,
+    model::{self, GATEWAY_LABEL},
+};
 
 /// A pod that was declared, or that a backend names.
 #[derive(Debug)]
@@ -23,7 +27,7 @@ pub(super) struct Pod {
     /// Head of the chain of its backends in the kernel; only of a local pod.
     pub first_backend: u32,
     /// The backends that name it.
-    pub objects: Vec<(Index, ObjectKey)>,
+    pub objects: Few<(Index, ObjectKey)>,
     pub seen: u32,
 }
 
@@ -83,7 +87,7 @@ impl Registry {
         // Stays until the last that names it is gone.
         self.pods[index].declared = true;
         self.muted = index;
-        let mut objects = self.pods[index].objects.clone();
+        let mut objects = self.pods[index].objects.to_vec();
         objects.sort_unstable_by_key(|(port, key)| (*key, *port));
         // Whoever has several services leaves all of them in one step.
         for same in objects.chunk_by(|(_, a), (_, b)| a == b) {
@@ -131,7 +135,7 @@ impl Registry {
         if moved {
             self.unchain(index);
         }
-        for (port, key) in self.pods[index].objects.clone() {
+        for (port, key) in self.pods[index].objects.to_vec() {
             if let Some(number) = self.ports[port].objects.get(&key).map(|object| object.backend)
                 && number != 0
             {
@@ -194,8 +198,12 @@ impl Registry {
         Some(Box::new(Local { id, netns, flags, stop_signals }))
     }
 
+    pub(super) fn pod_at(&self, name: &str) -> Option<Index> {
+        self.pod_index.find(hash_of(name), |&index| *self.pods[index].name == *name).copied()
+    }
+
     pub(super) fn pod_named(&mut self, name: &Name) -> Index {
-        if let Some(&index) = self.pod_index.get(name) {
+        if let Some(index) = self.pod_at(name) {
             return index;
         }
         let index = self.pods.insert(Pod {
@@ -204,18 +212,17 @@ impl Registry {
             terminating: false,
             local: None,
             first_backend: 0,
-            objects: Vec::new(),
+            objects: Few::None,
             seen: self.epoch,
         });
-        self.pod_index.insert(name.clone(), index);
+        let pods = &self.pods;
+        self.pod_index.insert_unique(hash_of(&**name), index, |&other| hash_of(&*pods[other].name));
         index
     }
 
     pub(super) fn name_in_pod(&mut self, pod: Index, port: Index, key: ObjectKey) {
         if pod != NONE {
-            let objects = &mut self.pods[pod].objects;
-            objects.reserve_exact(usize::from(objects.is_empty()));
-            objects.push((port, key));
+            self.pods[pod].objects.push((port, key));
         }
     }
 
@@ -223,17 +230,16 @@ impl Registry {
         if pod == NONE {
             return;
         }
-        let objects = &mut self.pods[pod].objects;
-        if let Some(place) = objects.iter().position(|object| *object == (port, key)) {
-            objects.swap_remove(place);
-        }
+        self.pods[pod].objects.retain(|object| *object != (port, key));
         self.collect_pod(pod);
     }
 
     fn collect_pod(&mut self, index: Index) {
         let pod = &self.pods[index];
         if !pod.declared && pod.objects.is_empty() {
-            self.pod_index.remove(&pod.name);
+            if let Ok(entry) = self.pod_index.find_entry(hash_of(&*pod.name), |&other| other == index) {
+                entry.remove();
+            }
             self.pods.remove(index);
         }
     }

@@ -40,7 +40,7 @@ impl Registry {
             self.written();
         }
         for pod in state.pods {
-            let old = self.pod_index.get(&pod.name).copied();
+            let old = self.pod_at(&pod.name);
             if old.is_some_and(|old| self.pods[old].declared && self.pods[old].seen == self.epoch) {
                 self.problem(pod_name(&pod.name), "declared twice: the first is in force");
                 continue;
@@ -110,7 +110,7 @@ impl Registry {
             }
         }
         for pod in &state.pods {
-            if let Some(&index) = self.pod_index.get(&pod.name) {
+            if let Some(index) = self.pod_at(&pod.name) {
                 self.pods[index].seen = named;
             }
         }

@@ -146,8 +146,8 @@ impl Registry {
     /// A pod's services and the numbers of its backends.
     pub fn about_pod(&self, pod: &str) -> About {
         let mut about = About::default();
-        let Some(&index) = self.pod_index.get(pod) else { return about };
-        for (port, key) in &self.pods[index].objects {
+        let Some(index) = self.pod_at(pod) else { return about };
+        for (port, key) in self.pods[index].objects.iter() {
             let Some(object) = self.ports[*port].objects.get(key) else { continue };
             if object.backend != 0 && !about.backends.contains(&object.backend) {
                 about.backends.push(object.backend);
@@ -162,7 +162,7 @@ impl Registry {
 
     /// Does the control plane still call a backend of this pod ready?
     pub fn declared_ready(&self, pod: &str) -> bool {
-        let Some(&index) = self.pod_index.get(pod) else { return false };
+        let Some(index) = self.pod_at(pod) else { return false };
         let mut objects = self.pods[index].objects.iter();
         objects.any(|(port, key)| {
             self.ports[*port].objects.get(key).is_some_and(|object| object.ready && !object.terminating)

@@ -2,13 +2,16 @@
 
 use std::{
     net::SocketAddr,
+    rc::Rc,
     sync::{Arc, atomic::Ordering::Relaxed},
     time::Instant,
 };
 
 use super::{
     Shared,
+    carried::Place,
     traffic::{End, Flags, Reporter, Series, Tally},
+    worker::Worker,
 };
 use crate::{hbone::relay::Counts as Bytes, identity::SpiffeId, mesh::Workload, model::short_name};
 
@@ -35,15 +38,18 @@ pub struct Access {
 /// A connection that is being relayed.
 #[derive(Debug)]
 pub struct Open {
-    access: Access,
+    access: Rc<Access>,
     tally: Arc<Tally>,
+    _place: Place,
 }
 
 impl Access {
-    /// It is relayed from now on.
-    pub fn open(self, shared: &Shared) -> Open {
-        let tally = shared.traffic.opened(self.series(Flags::None));
-        Open { access: self, tally }
+    /// It is relayed from now on; `bytes` are counted meanwhile.
+    pub fn open(self, worker: &Worker, bytes: &Rc<Bytes>) -> Open {
+        let tally = worker.shared.traffic.opened(self.series(Flags::None));
+        let access = Rc::new(self);
+        let _place = worker.carried.enter(&access, bytes);
+        Open { access, tally, _place }
     }
 
     /// It never was; who refused it has told so.

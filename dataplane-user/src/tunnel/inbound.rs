@@ -258,8 +258,8 @@ impl Inbound {
     ) {
         let shared = &self.worker.shared;
         let _carrying = shared.carrying();
-        let open = self.access(workload, client, to).open(shared);
-        let bytes = Bytes::default();
+        let bytes = Rc::new(Bytes::default());
+        let open = self.access(workload, client, to).open(&self.worker, &bytes);
         let ended = shared.until_revoked(workload, &self.request(client, to), relayed(&bytes)).await;
         shared.counts.add(Count::BytesReceived, bytes.received.get());
         shared.counts.add(Count::BytesSent, bytes.sent.get());

@@ -5,6 +5,7 @@
 //! pod (`SO_REUSEPORT`) and a pool of its own. What they look up together is [`Shared`].
 
 mod access;
+pub mod carried;
 mod counts;
 mod inbound;
 mod outbound;
@@ -20,18 +21,22 @@ use std::{
     os::fd::AsFd as _,
     path::PathBuf,
     sync::{
-        Arc, Mutex, PoisonError, RwLock,
+        Arc, Mutex, OnceLock, PoisonError, RwLock,
         atomic::{AtomicBool, AtomicU64, Ordering::Relaxed},
     },
 };
 
-use tokio::sync::{mpsc::UnboundedSender, watch};
+use tokio::sync::{
+    mpsc::{UnboundedSender, WeakUnboundedSender},
+    oneshot, watch,
+};
 
-pub use access::host_of;
+pub use access::{Access, host_of};
 pub use counts::{Count, Counts, Pooled};
 pub use sockets::Listeners;
 
 use self::{
+    carried::Carried,
     traffic::Traffic,
     worker::{Order, Worker},
 };
@@ -53,12 +58,14 @@ pub struct Shared {
     pub counts: Counts,
     pub pooled: Pooled,
     pub traffic: Traffic,
-    /// By [`Carried`].
-    carried: [AtomicU64; 3],
+    /// By [`Tally`].
+    tallies: [AtomicU64; 3],
     stopping: AtomicBool,
     /// Connections between two pods of this node go through TLS too.
     pub local_tls: bool,
     pods: RwLock<HashMap<PodId, Arc<LocalPod>>>,
+    /// Who is asked what is carried.
+    workers: OnceLock<Vec<WeakUnboundedSender<Order>>>,
 }
 
 impl Shared {
@@ -69,36 +76,52 @@ impl Shared {
         policies: Arc<Enforcement>,
         local_tls: bool,
     ) -> Self {
-        let (counts, pooled, traffic, carried, stopping, pods) = Default::default();
-        Self { maps, view, store, policies, counts, pooled, traffic, carried, stopping, local_tls, pods }
+        let (counts, pooled, traffic, tallies, stopping, pods, workers) = Default::default();
+        Self { maps, view, store, policies, counts, pooled, traffic, tallies, stopping, local_tls, pods, workers }
     }
 
     /// Connections and streams that are carried now.
     pub fn active(&self) -> u64 {
-        self.before_stop() + self.carried[Carried::Late as usize].load(Relaxed)
+        self.before_stop() + self.tallies[Tally::Late as usize].load(Relaxed)
     }
 
     /// Of them, those that began before the agent was about to stop.
     pub fn before_stop(&self) -> u64 {
-        self.carried[Carried::Before as usize].load(Relaxed)
+        self.tallies[Tally::Before as usize].load(Relaxed)
     }
 
     /// Accepted connections that have not ended; the last bytes of a stream may be on one that carries no more.
     pub fn open(&self) -> u64 {
-        self.carried[Carried::Socket as usize].load(Relaxed)
+        self.tallies[Tally::Socket as usize].load(Relaxed)
+    }
+
+    /// Each connection that is carried now; of very many the oldest.
+    pub async fn carried(&self) -> Vec<Carried> {
+        let ask = |worker: &WeakUnboundedSender<Order>| {
+            let (to, answer) = oneshot::channel();
+            worker.upgrade()?.send(Order::Tell(to)).ok()?;
+            Some(answer)
+        };
+        let asked: Vec<_> = self.workers.get().into_iter().flatten().filter_map(ask).collect();
+        let mut all = Vec::new();
+        for answer in asked {
+            // A worker that ends carries nothing.
+            all.extend(answer.await.into_iter().flatten());
+        }
+        all
     }
 
     /// One more, until it is dropped.
     fn carrying(self: &Arc<Self>) -> Carrying {
-        self.count(if self.stopping.load(Relaxed) { Carried::Late } else { Carried::Before })
+        self.count(if self.stopping.load(Relaxed) { Tally::Late } else { Tally::Before })
     }
 
     fn accepted(self: &Arc<Self>) -> Carrying {
-        self.count(Carried::Socket)
+        self.count(Tally::Socket)
     }
 
-    fn count(self: &Arc<Self>, what: Carried) -> Carrying {
-        self.carried[what as usize].fetch_add(1, Relaxed);
+    fn count(self: &Arc<Self>, what: Tally) -> Carrying {
+        self.tallies[what as usize].fetch_add(1, Relaxed);
         Carrying(self.clone(), what)
     }
 
@@ -150,7 +173,7 @@ impl Shared {
 
 /// What there may be many of at once.
 #[derive(Clone, Copy, Debug)]
-enum Carried {
+enum Tally {
     Before,
     /// Begun while the agent is about to stop.
     Late,
@@ -158,11 +181,11 @@ enum Carried {
 }
 
 /// Counts while it lives.
-struct Carrying(Arc<Shared>, Carried);
+struct Carrying(Arc<Shared>, Tally);
 
 impl Drop for Carrying {
     fn drop(&mut self) {
-        self.0.carried[self.1 as usize].fetch_sub(1, Relaxed);
+        self.0.tallies[self.1 as usize].fetch_sub(1, Relaxed);
     }
 }
 
@@ -234,8 +257,10 @@ impl Tunnel {
     /// Starts the workers. They end with it.
     pub fn start(shared: Shared, workers: usize) -> io::Result<Self> {
         let shared = Arc::new(shared);
-        let workers =
+        let workers: Vec<_> =
             (0..workers.max(1)).map(|number| Worker::start(number, shared.clone())).collect::<Result<_, _>>()?;
+        // Without holding them: a worker ends with its last sender.
+        let _ = shared.workers.set(workers.iter().map(UnboundedSender::downgrade).collect());
         Ok(Self { shared, workers })
     }
 

@@ -276,8 +276,8 @@ impl Outbound<'_> {
         access.destination_identity = access.destination_workload.as_ref().map(|workload| workload.identity.clone());
         access.destination = if tunnelled { SocketAddr::new(at.ip(), HBONE_PORT) } else { at };
         access.hbone = tunnelled.then_some(at);
-        let open = access.open(shared);
-        let bytes = Bytes::default();
+        let bytes = Rc::new(Bytes::default());
+        let open = access.open(self.worker, &bytes);
         let ended = match leg {
             Leg::Tunnel(stream) => relay::tunnel(socket, stream, &bytes).await.map_err(|error| error.to_string()),
             Leg::Local(far, destination, at) => {

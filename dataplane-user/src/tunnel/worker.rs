@@ -13,12 +13,20 @@ use std::{
 
 use tokio::{
     net::{TcpListener, TcpStream},
-    sync::mpsc::{UnboundedReceiver, UnboundedSender, unbounded_channel},
+    sync::{
+        mpsc::{UnboundedReceiver, UnboundedSender, unbounded_channel},
+        oneshot,
+    },
     task::{JoinHandle, LocalSet, spawn_local},
 };
 use tracing::{debug, warn};
 
-use super::{Counts, LocalPod, Shared, inbound, outbound, sockets::Listeners};
+use super::{
+    Counts, LocalPod, Shared,
+    carried::{Carried, Table},
+    inbound, outbound,
+    sockets::Listeners,
+};
 use crate::{
     hbone::{
         self, Timeouts,
@@ -42,6 +50,8 @@ pub enum Order {
     Release(PodId),
     /// Accept no more anywhere; what is carried goes on.
     Close,
+    /// What is carried here now.
+    Tell(oneshot::Sender<Vec<Carried>>),
 }
 
 /// A worker's own: shared with no other thread.
@@ -50,6 +60,7 @@ pub struct Worker {
     pub pool: Pool,
     pub contexts: Contexts,
     pub timeouts: Timeouts,
+    pub carried: Rc<Table>,
     random: Cell<u32>,
     accepting: RefCell<HashMap<PodId, Vec<JoinHandle<()>>>>,
 }
@@ -75,6 +86,7 @@ impl Worker {
             pool: Pool::new(timeouts),
             contexts: Contexts::default(),
             timeouts,
+            carried: Rc::default(),
             random: Cell::new(seed | 1),
             accepting: RefCell::default(),
         }
@@ -89,6 +101,8 @@ impl Worker {
                     Some(Order::Serve { pod, listeners }) => self.accept_in(&pod, listeners),
                     Some(Order::Release(pod)) => self.release(pod),
                     Some(Order::Close) => self.close(),
+                    // Nobody waits for it any more, or somebody does.
+                    Some(Order::Tell(to)) => drop(to.send(self.carried.rows())),
                     None => return,
                 },
                 _ = sweep.tick() => {

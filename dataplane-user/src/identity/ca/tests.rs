@@ -29,6 +29,7 @@ fn what_init_makes_signs_certificates_that_peers_take() {
     // No longer than the authority itself.
     let credential = check(signer.issue(&id("web"), LIFE * 1_000, SystemTime::now()).unwrap());
     assert_eq!(credential.not_after, signer.not_after);
+    assert_eq!(signer.until, signer.not_after, "nothing above it ends sooner");
     let late = signer.issue(&id("web"), LIFE, signer.not_after).map(drop).unwrap_err();
     assert!(late.to_string().contains("expired") && late.to_string().contains("sa/web"), "{late}");
 }

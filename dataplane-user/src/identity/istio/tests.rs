@@ -65,7 +65,7 @@ fn scene(answer: impl Fn(&IstioCertificateRequest) -> Result<Vec<String>, Status
         root: directory.path().join("root-cert.pem"),
         token: directory.path().join("token"),
         cluster_id: "c1".into(),
-        ..IstioConfig::new(&format!("https://localhost:{port}"))
+        ..IstioConfig::new(&format!("https://localhost:{port}"), &IstioPlaces::default())
     };
     fs::write(&config.root, tls.pem()).unwrap();
     fs::write(&config.token, "first\n").unwrap();

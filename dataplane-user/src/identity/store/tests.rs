@@ -462,3 +462,63 @@ proptest! {
         }
     }
 }
+
+#[test]
+fn a_certificate_that_is_not_renewed_is_warned_of_once_before_it_expires() {
+    let root = Root::new("root");
+    let store = by_hand();
+    let start = SystemTime::now();
+    store.want([&id("web")]);
+    let good = signs(&root, vec![root.der()]);
+    assert_eq!(answer(&store, &good, start), 1);
+    let credential = store.get_at(&id("web"), start).unwrap();
+    let life = credential.not_after.duration_since(credential.not_before).unwrap();
+    let late = credential.not_after - life / 8;
+    assert!(store.ending(late).is_empty(), "nobody has failed to renew it");
+    let fails = |id: &SpiffeId| Err(IssueError::temporary(id, "nobody answers", "is it there?"));
+    assert_eq!(answer(&store, fails, credential.not_after - life / 3), 1);
+    assert!(store.ending(credential.not_after - life / 3).is_empty(), "there is time");
+    let ending = store.ending(late);
+    assert_eq!(ending.iter().map(|ending| ending.id.clone()).collect::<Vec<_>>(), [id("web")]);
+    assert!(ending[0].left <= life / 8 && ending[0].error.to_string().contains("nobody answers"));
+    assert!(store.ending(late).is_empty(), "it was said");
+    let numbers = store.numbers();
+    assert_eq!(numbers.authority_expiry, None, "an authority that does not say");
+    assert!(matches!(&numbers.roots_expiry[..], [(domain, left)] if &**domain == DOMAIN && *left > 0), "{numbers:?}");
+}
+
+/// Signs with something that ends.
+struct Ends(SystemTime);
+
+impl Authority for Ends {
+    fn name(&self) -> &str {
+        "one that ends"
+    }
+
+    fn issue<'a>(&'a self, id: &'a SpiffeId) -> Issuing<'a> {
+        let refused = IssueError::refused(id, "it only ends", "nothing");
+        Box::pin(std::future::ready(Err(refused)))
+    }
+
+    fn news(&self) -> Option<watch::Receiver<u64>> {
+        None
+    }
+
+    fn not_after(&self) -> Option<SystemTime> {
+        Some(self.0)
+    }
+}
+
+#[test]
+fn the_end_of_an_authority_is_said_each_day_of_its_last_month() {
+    let now = SystemTime::now();
+    let store = Store::new(Arc::new(Ends(now + 40 * DAY)), Timing::default());
+    let mut said = None;
+    assert_eq!(store.authority_ends(now, &mut said), None);
+    assert_eq!(store.authority_ends(now + 20 * DAY, &mut said), Some(20 * DAY));
+    assert_eq!(store.authority_ends(now + 20 * DAY + DAY / 2, &mut said), None);
+    assert_eq!(store.authority_ends(now + 21 * DAY, &mut said), Some(19 * DAY));
+    assert_eq!(store.authority_ends(now + 41 * DAY, &mut said), Some(Duration::ZERO));
+    let left = store.numbers().authority_expiry.unwrap();
+    assert!((40 * 86_400 - 5..=40 * 86_400).contains(&left), "{left}");
+}

@@ -5,6 +5,7 @@
 
 pub mod cri;
 pub mod find;
+pub mod names;
 pub mod object;
 pub mod reach;
 pub mod watch;
@@ -12,7 +13,7 @@ pub mod world;
 
 use std::{
     cell::{Cell, RefCell},
-    collections::{BTreeMap, BTreeSet, HashSet},
+    collections::{BTreeMap, BTreeSet},
     io,
     net::IpAddr,
     path::{Path, PathBuf},
@@ -30,6 +31,7 @@ use tracing::{debug, info, warn};
 
 use self::{
     find::Process,
+    names::Names,
     object::{EndpointSlice, Namespace, Node, Object, OtherPod, Pod, Service},
     watch::{Failure, Word, follow},
     world::{Name, Scope, World},
@@ -105,14 +107,14 @@ pub async fn serve(client: Client, settings: Settings, core: Shared) -> io::Resu
     let heard = source.clone();
     tasks.spawn_local(follow::<Pod>(client.clone(), here, move |word, at| {
         let gone = |world: &mut World, name: &str| world.pod_gone(name, Scope::ThisNode);
-        let retain = |world: &mut World, named: &HashSet<Name>| world.retain_pods(named, Scope::ThisNode);
+        let retain = |world: &mut World, named: &Names| world.retain_pods(named, Scope::ThisNode);
         heard.hear("pods of this node", word, at, World::pod, gone, retain);
         heard.look_again();
     }));
     let heard = source.clone();
     tasks.spawn_local(follow::<OtherPod>(client.clone(), others, move |word, at| {
         let gone = |world: &mut World, name: &str| world.pod_gone(name, Scope::Others);
-        let retain = |world: &mut World, named: &HashSet<Name>| world.retain_pods(named, Scope::Others);
+        let retain = |world: &mut World, named: &Names| world.retain_pods(named, Scope::Others);
         heard.hear("pods", word, at, World::other_pod, gone, retain);
     }));
     let heard = source.clone();
@@ -180,7 +182,7 @@ impl Source {
         at_ns: u64,
         take: impl Fn(&mut World, &T),
         gone: impl Fn(&mut World, &str),
-        retain: impl Fn(&mut World, &HashSet<Name>),
+        retain: impl Fn(&mut World, &Names),
     ) {
         let bad = |name: &Name, reason: &str| (format!("{} {name}", T::KIND), reason.to_owned());
         let mut malformed = Vec::new();

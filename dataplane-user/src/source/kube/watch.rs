@@ -5,7 +5,6 @@
 //! parsed where it is read: between the socket and the map is nothing that waits.
 
 use std::{
-    collections::HashSet,
     fmt,
     hash::BuildHasher,
     sync::Arc,
@@ -21,8 +20,12 @@ use kube::{
 };
 use serde::Deserialize;
 use serde_json::value::RawValue;
+use tokio::{sync::oneshot, task::JoinError};
 
-use super::object::{Meta, Object};
+use super::{
+    names::Names,
+    object::{Meta, Object},
+};
 use crate::kernel::monotonic_ns;
 
 /// Objects per page of a list.
@@ -47,7 +50,7 @@ pub enum Word<T> {
     Page(Vec<Result<T, Malformed>>),
     /// All there is was told by pages; these are its names. Malformed objects are there too: their last good state
     /// stays.
-    Listed(HashSet<Arc<str>>),
+    Listed(Names),
     Changed(T),
     Gone(T),
     Malformed(Malformed),
@@ -145,44 +148,63 @@ struct ListMeta {
     next: Option<String>,
 }
 
-/// Tells it page by page, so that a large cluster is never in memory as a whole.
+/// Tells it page by page, so that a large cluster is never in memory as a whole. The next page is asked for as soon as this
+/// one says how: the API server works on it while this one is read.
 async fn list<T: Object>(
     client: &Client,
     fields: &str,
     tell: &mut impl FnMut(Word<T>, u64),
-) -> Result<(HashSet<Arc<str>>, String), Error> {
+) -> Result<(Names, String), Error> {
     let mut params = ListParams::default().limit(PAGE);
     if !fields.is_empty() {
         params = params.fields(fields);
     }
-    let mut named = HashSet::new();
+    let ask = |params: &ListParams| tokio::spawn(page(client.clone(), T::PATH, params.clone()));
+    let ended = |error: JoinError| Error::Service(error.into());
+    let mut named = Names::default();
+    let mut asked = ask(&params);
     loop {
-        let request = Request::new(format!("/{}", T::PATH)).list(&params).map_err(Error::BuildRequest)?;
-        let text = within(LIST_WITHIN, client.request_text(request)).await??;
+        let text = asked.await.map_err(ended)??;
+        let (said, meta) = oneshot::channel();
         // Megabytes: beside the agent's thread.
-        let parsed = tokio::task::spawn_blocking(move || parse_page::<T>(&text)).await;
-        let (page, meta) = parsed.map_err(|error| Error::Service(error.into()))?.map_err(Error::SerdeError)?;
-        let name = |object: &Result<T, Malformed>| match object {
-            Ok(object) => object.meta().full_name(),
-            Err(bad) => bad.name.clone(),
-        };
-        named.extend(page.iter().map(name));
+        let parsing = tokio::task::spawn_blocking(move || {
+            parse_page::<T>(&text, |meta| {
+                // Nobody listens to a list that was given up.
+                let _ = said.send(meta);
+            })
+        });
+        let meta = meta.await.unwrap_or_default();
+        let next = meta.next.filter(|next| !next.is_empty()).map(|next| {
+            params = params.clone().continue_token(&next);
+            ask(&params)
+        });
+        let page = parsing.await.map_err(ended)?.map_err(Error::SerdeError)?;
+        for object in &page {
+            match object {
+                Ok(object) => named.insert(&object.meta().full_name()),
+                Err(bad) => named.insert(&bad.name),
+            }
+        }
         tell(Word::Page(page), monotonic_ns());
-        match meta.next.filter(|next| !next.is_empty()) {
-            Some(next) => params = params.continue_token(&next),
+        match next {
+            Some(next) => asked = next,
             None => return Ok((named, meta.resource_version)),
         }
     }
 }
 
-type Page<T> = (Vec<Result<T, Malformed>>, ListMeta);
+async fn page(client: Client, path: &'static str, params: ListParams) -> Result<String, Error> {
+    let request = Request::new(format!("/{path}")).list(&params).map_err(Error::BuildRequest)?;
+    within(LIST_WITHIN, client.request_text(request)).await?
+}
 
-/// One bad object costs only itself.
-fn parse_page<T: Object>(text: &str) -> serde_json::Result<Page<T>> {
+/// One bad object costs only itself. `about` is told before the objects are read.
+fn parse_page<T: Object>(text: &str, about: impl FnOnce(ListMeta)) -> serde_json::Result<Vec<Result<T, Malformed>>> {
     let list: List<'_> = serde_json::from_str(text)?;
+    about(list.metadata);
     let items = list.items.unwrap_or_default().into_iter();
     let objects = items.map(|item| serde_json::from_str(item.get()).map_err(|error| malformed(item.get(), &error)));
-    Ok((objects.collect(), list.metadata))
+    Ok(objects.collect())
 }
 
 /// A line of a watch: `{"type":"MODIFIED","object":{…}}`.
@@ -412,11 +434,12 @@ mod tests {
     fn one_bad_object_of_a_list_costs_only_itself() {
         let text = r#"{"metadata":{"resourceVersion":"5","continue":""},"items":[
             {"metadata":{"name":"good","namespace":"n"}},{"metadata":{"name":"bad","namespace":"n"},"status":5}]}"#;
-        let (objects, meta) = parse_page::<Pod>(text).unwrap();
-        assert_eq!(meta.resource_version, "5");
+        let mut version = String::new();
+        let objects = parse_page::<Pod>(text, |meta| version = meta.resource_version).unwrap();
+        assert_eq!(version, "5");
         assert!(objects[0].is_ok());
         assert_eq!(&*objects[1].as_ref().unwrap_err().name, "n/bad");
-        let (objects, _) = parse_page::<Pod>(r#"{"metadata":{"resourceVersion":"5"},"items":null}"#).unwrap();
+        let objects = parse_page::<Pod>(r#"{"metadata":{"resourceVersion":"5"},"items":null}"#, |_| {}).unwrap();
         assert!(objects.is_empty());
     }
 }

@@ -21,7 +21,10 @@ use self::{
     services::Service,
     slices::{Fleet, Slice},
 };
-use super::object::{self, Object as _};
+use super::{
+    names::Names,
+    object::{self, Object as _},
+};
 use crate::{
     model::{Event, Key, Node, Object, Snapshot},
     registry::Problem,
@@ -167,7 +170,7 @@ impl World {
     }
 
     /// What a list of pods does not name is gone. `named` has all names of the list, malformed objects' too.
-    pub fn retain_pods(&mut self, named: &HashSet<Name>, scope: Scope) {
+    pub fn retain_pods(&mut self, named: &Names, scope: Scope) {
         let gone =
             |(name, known): (&Name, &Known)| (known.in_scope(scope) && !named.contains(name)).then(|| name.clone());
         for name in self.pods.iter().filter_map(gone).collect::<Vec<_>>() {
@@ -175,19 +178,19 @@ impl World {
         }
     }
 
-    pub fn retain_services(&mut self, named: &HashSet<Name>) {
+    pub fn retain_services(&mut self, named: &Names) {
         for name in missing(self.services.keys(), named) {
             self.service_gone(&name);
         }
     }
 
-    pub fn retain_slices(&mut self, named: &HashSet<Name>) {
+    pub fn retain_slices(&mut self, named: &Names) {
         for name in missing(self.slices.keys(), named) {
             self.slice_gone(&name);
         }
     }
 
-    pub fn retain_namespaces(&mut self, named: &HashSet<Name>) {
+    pub fn retain_namespaces(&mut self, named: &Names) {
         for name in missing(self.ambient.iter(), named) {
             self.namespace_gone(&name);
         }
@@ -210,8 +213,8 @@ impl World {
 const AMBIENT: &str = "ambient";
 const NONE: &str = "none";
 
-fn missing<'a>(known: impl Iterator<Item = &'a Name>, named: &HashSet<Name>) -> Vec<Name> {
-    known.filter(|name| !named.contains(*name)).cloned().collect()
+fn missing<'a>(known: impl Iterator<Item = &'a Name>, named: &Names) -> Vec<Name> {
+    known.filter(|name| !named.contains(name)).cloned().collect()
 }
 
 /// A port number that may be anything, as it was written by hand.

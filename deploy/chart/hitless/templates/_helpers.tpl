@@ -87,6 +87,9 @@ root-namespace: {{ .rootNamespace | quote }}
 local-tls: {{ ternary "on" "off" .localTls | quote }}
 {{- if .enabled }}
 identity: {{ include "hitless.identity" $ | quote }}
+{{- if eq .identity.source "istio" }}
+cluster-id: {{ .identity.istio.clusterId | quote }}
+{{- end }}
 {{- if .policies.configMap }}
 policies: /etc/hitless-policies
 {{- end }}

@@ -7,6 +7,7 @@ use std::{
 
 use super::{AMBIENT, NONE, Name, Scope, World, slices::Uid};
 use crate::{
+    few::Few,
     model::{self, Event, Key},
     registry::problem::stop_signals,
     source::kube::{
@@ -20,7 +21,7 @@ use crate::{
 pub(super) struct Known {
     pub pod: Option<Pod>,
     /// Slices with an endpoint of it.
-    pub slices: Vec<Name>,
+    pub slices: Few<Name>,
 }
 
 #[derive(Clone, Debug)]
@@ -29,10 +30,39 @@ pub(super) struct Pod {
     /// Deleted (deletionTimestamp), or over for good (phase Succeeded or Failed, as after an eviction).
     pub ends: bool,
     pub scope: Scope,
-    /// More of it, when it runs here in a network of its own.
-    pub here: Option<Box<Here>>,
-    /// Who it is in the mesh, when it runs elsewhere in a network of its own.
-    member: Option<Box<Member>>,
+    more: Option<Box<More>>,
+}
+
+/// More of a pod that runs in a network of its own.
+#[derive(Clone, Debug)]
+enum More {
+    /// It runs here.
+    Here(Box<Here>),
+    /// It runs elsewhere: who it is in the mesh.
+    Member(Member),
+}
+
+impl Pod {
+    fn here(&self) -> Option<&Here> {
+        match self.more.as_deref() {
+            Some(More::Here(here)) => Some(here),
+            _ => None,
+        }
+    }
+
+    fn here_mut(&mut self) -> Option<&mut Here> {
+        match self.more.as_deref_mut() {
+            Some(More::Here(here)) => Some(here),
+            _ => None,
+        }
+    }
+
+    fn member(&self) -> Option<&Member> {
+        match self.more.as_deref() {
+            Some(More::Member(member)) => Some(member),
+            _ => None,
+        }
+    }
 }
 
 /// A pod of another node, as far as the mesh is concerned.
@@ -104,9 +134,9 @@ impl World {
     pub fn pod(&mut self, object: &object::Pod) {
         let (name, uid) = self.lives(&object.metadata);
         let over = is_over(object.status.phase.as_deref());
-        let here = (!object.spec.host_network).then(|| Box::new(self.here(object, over)));
+        let more = (!object.spec.host_network).then(|| Box::new(More::Here(Box::new(self.here(object, over)))));
         let ends = over || object.metadata.deletion_timestamp.is_some();
-        self.put_pod(name, Pod { uid, ends, scope: Scope::ThisNode, here, member: None });
+        self.put_pod(name, Pod { uid, ends, scope: Scope::ThisNode, more });
     }
 
     /// A pod of another node, or of none yet.
@@ -116,12 +146,12 @@ impl World {
         let over = is_over(object.status.phase.as_deref());
         let addresses: Box<[IpAddr]> = object.status.pod_ips.iter().filter_map(|ip| ip.ip.parse().ok()).collect();
         let in_mesh = self.mesh && !over && !object.spec.host_network && !addresses.is_empty();
-        let member = in_mesh.then(|| {
+        let more = in_mesh.then(|| {
             let mode = Mode::of(object.metadata.labels.mode.as_deref());
             let account = self.account(object.spec.service_account_name.as_deref());
-            Box::new(Member { mode, account, addresses })
+            Box::new(More::Member(Member { mode, account, addresses }))
         });
-        self.put_pod(name, Pod { uid, ends, scope: Scope::Others, here: None, member });
+        self.put_pod(name, Pod { uid, ends, scope: Scope::Others, more });
     }
 
     /// Who a pod is. A name's next life, such as a StatefulSet's, is another pod: the former one's end was not heard of.
@@ -240,7 +270,7 @@ impl World {
     pub(super) fn reconsider(&mut self, name: &Name, change: impl FnOnce(&mut Here)) {
         let before = self.told(name);
         let known = self.pods.get_mut(name).and_then(|known| known.pod.as_mut());
-        if let Some(here) = known.and_then(|pod| pod.here.as_mut()) {
+        if let Some(here) = known.and_then(Pod::here_mut) {
             change(here);
             self.tell_pod(name, before);
         }
@@ -249,7 +279,7 @@ impl World {
     pub(super) fn tell_pod(&mut self, name: &Name, before: Option<model::Pod>) {
         let now = self.told(name);
         let known = self.pods.get_mut(name).and_then(|known| known.pod.as_mut());
-        if let (Some(here), Some(told)) = (known.and_then(|pod| pod.here.as_mut()), &now) {
+        if let (Some(here), Some(told)) = (known.and_then(Pod::here_mut), &now) {
             here.was_enrolled |= told.enrolled && told.pid.is_some();
         }
         if now == before {
@@ -263,7 +293,7 @@ impl World {
     pub(super) fn told(&self, name: &Name) -> Option<model::Pod> {
         let pod = self.pods.get(name)?.pod.as_ref()?;
         let plain = || pod.ends.then(|| elsewhere(name, true));
-        if let Some(member) = &pod.member
+        if let Some(member) = pod.member()
             && self.enrolled(name, member.mode)
         {
             return Some(model::Pod {
@@ -273,7 +303,7 @@ impl World {
                 ..elsewhere(name, pod.ends)
             });
         }
-        let Some(here) = &pod.here else { return plain() };
+        let Some(here) = pod.here() else { return plain() };
         let enrolled = self.enrolled(name, here.mode);
         let Some(process) = here.process.filter(|_| !here.over && (enrolled || here.was_enrolled)) else {
             return plain();
@@ -300,7 +330,7 @@ impl World {
     }
 
     fn here_of(&self, name: &str) -> Option<&Here> {
-        self.pods.get(name)?.pod.as_ref()?.here.as_deref()
+        self.pods.get(name)?.pod.as_ref()?.here()
     }
 
     fn here(&mut self, object: &object::Pod, over: bool) -> Here {

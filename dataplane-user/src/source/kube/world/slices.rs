@@ -9,26 +9,28 @@ use std::{
 
 use super::{Name, World, port_number, services::protocol};
 use crate::{
+    few::Few,
     model::{self, Backend, Event, Key},
     source::kube::object::{self, Conditions, Hints, Object as _},
 };
 
-/// A pod's uid, small: a hash, that only has to tell the lives of one name apart.
+/// A pod's uid, small: six bytes of a hash, that only has to tell the lives of one name apart.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) struct Uid(u64);
+pub(super) struct Uid([u8; 6]);
 
 impl Uid {
     pub(super) fn of(text: &str) -> Self {
         let mut hasher = std::hash::DefaultHasher::new();
         text.hash(&mut hasher);
-        Self(hasher.finish())
+        let [a, b, c, d, e, f, ..] = hasher.finish().to_ne_bytes();
+        Self([a, b, c, d, e, f])
     }
 }
 
 /// A service's endpoints, as far as they concern all of them.
 #[derive(Debug, Default)]
 pub(super) struct Fleet {
-    slices: Vec<Name>,
+    slices: Few<Name>,
     topology: Topology,
 }
 
@@ -182,7 +184,7 @@ impl World {
     /// Tells the endpoints of a pod that came, or went.
     pub(super) fn retell_endpoints_of(&mut self, pod: &Name) {
         let Some(known) = self.pods.get(pod) else { return };
-        for name in known.slices.clone() {
+        for name in known.slices.to_vec() {
             let Some(slice) = self.slices.get(&name) else { continue };
             let Some(service) = slice.service.clone() else { continue };
             let of_pod = |endpoint: &&Endpoint| endpoint.pod.as_ref().is_some_and(|(name, _)| name == pod);
@@ -284,8 +286,6 @@ impl World {
         }
         for pod in new.difference(&old) {
             let known = self.pods.entry(pod.clone()).or_default();
-            // One, nearly always: a hundred thousand times.
-            known.slices.reserve_exact(1);
             known.slices.push(slice.clone());
             known.slices.sort_unstable();
         }
@@ -319,6 +319,7 @@ impl World {
         }
         ports.sort_unstable();
         ports.dedup();
+        ports.shrink_to_fit();
         let mut endpoints = Vec::with_capacity(object.endpoints.len());
         for endpoint in &object.endpoints {
             // One address: the others "may" be used (API reference), and are not.

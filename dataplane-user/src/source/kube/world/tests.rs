@@ -1,4 +1,4 @@
-use std::collections::{BTreeMap, HashSet};
+use std::collections::BTreeMap;
 
 use proptest::prelude::*;
 
@@ -320,7 +320,7 @@ proptest! {
         for word in &missed {
             objects.apply(&mut elsewhere, word);
         }
-        let full = |names: Vec<&String>| -> HashSet<Name> { names.iter().map(|n| format!("shop/{n}").into()).collect() };
+        let full = |names: Vec<&String>| -> Names { names.iter().map(|n| format!("shop/{n}")).collect() };
         for here in [true, false] {
             let of = objects.pods.iter().filter(|(_, pod)| pod.1 == here);
             for (name, &(uid, _, mode, end)) in of.clone() {

@@ -1,0 +1,257 @@
+//! The mesh in the shape of ztunnel's `/config_dump`, as tools such as `istioctl ztunnel-config` read it: keys and words are
+//! Istio's, the rest is what this agent knows. No private key is in it.
+
+use k8s_openapi::ByteString;
+use rustls_pki_types::CertificateDer;
+use serde_json::{Value, json};
+use time::OffsetDateTime;
+use x509_parser::prelude::{FromDer as _, X509Certificate};
+
+use super::protocol::MeshObject;
+use crate::{
+    identity::{Credential, SpiffeId},
+    mesh::Workload,
+    model::short_name,
+    policy::{Action, Authorization, Match, Policies, Rule, Scope, StringMatch},
+    tunnel::{Shared, traffic::workload_of},
+};
+
+/// What Istio calls a cluster that nobody named.
+pub const CLUSTER: &str = "Kubernetes";
+
+/// Its lists but for the services, which the mesh does not hold.
+pub fn dump(shared: &Shared) -> Vec<MeshObject> {
+    let object = |list: &str, value: Value| MeshObject { list: list.into(), json: value.to_string() };
+    let workloads = shared.view.all();
+    let policies = shared.policies.read(Policies::authorizations);
+    let held = shared.store.held();
+    let workloads = workloads.values().map(|one| object("workloads", workload(one)));
+    let policies = policies.iter().map(|one| object("policies", policy(&one.source)));
+    let certificates = held
+        .iter()
+        .map(|(id, held, error)| object("certificates", certificates(id, held.as_deref(), error.as_deref())));
+    workloads.chain(policies).chain(certificates).collect()
+}
+
+/// How Istio names a pod.
+pub fn uid(name: &str) -> String {
+    format!("{CLUSTER}//Pod/{name}")
+}
+
+fn workload(workload: &Workload) -> Value {
+    let name = short_name(&workload.name);
+    let labels = workload.selected_by.as_ref().map(|selected_by| &selected_by.labels);
+    let label = |names: &[&str]| labels.and_then(|labels| names.iter().find_map(|name| labels.get(*name)));
+    let of = workload_of(name);
+    let canonical = label(&["service.istio.io/canonical-name", "app.kubernetes.io/name", "app"]);
+    let revision = label(&["service.istio.io/canonical-revision", "app.kubernetes.io/version", "version"]);
+    let attached = workload.selected_by.as_ref().map(|selected_by| &selected_by.policies[..]).unwrap_or_default();
+    json!({
+        "uid": uid(&workload.name),
+        "workloadIps": workload.addresses,
+        "protocol": "HBONE",
+        "name": name,
+        "namespace": workload.namespace(),
+        "trustDomain": workload.identity.trust_domain(),
+        "serviceAccount": workload.identity.service_account(),
+        "workloadName": of,
+        "workloadType": "pod",
+        "canonicalName": canonical.map_or(of, |name| name),
+        "canonicalRevision": revision.map_or("latest", |revision| revision),
+        "clusterId": CLUSTER,
+        // Of a pod of this node it is filled in by whoever knows the node's name.
+        "node": "",
+        "local": workload.pod != 0,
+        "nativeTunnel": false,
+        "status": "Healthy",
+        "authorizationPolicies": attached,
+    })
+}
+
+fn policy(policy: &Authorization) -> Value {
+    let action = match policy.action {
+        Action::Allow => "Allow",
+        Action::Deny => "Deny",
+    };
+    let scope = match policy.scope {
+        Scope::Global => "Global",
+        Scope::Namespace => "Namespace",
+        Scope::Labels(_) | Scope::Attached => "WorkloadSelector",
+    };
+    json!({
+        "name": policy.name,
+        "namespace": policy.namespace,
+        "scope": scope,
+        "action": action,
+        "dryRun": policy.dry_run,
+        "rules": policy.rules.iter().map(rule).collect::<Vec<_>>(),
+    })
+}
+
+/// A rule is clauses, each of which is alternatives.
+fn rule(rule: &Rule) -> Vec<Vec<Value>> {
+    rule.clauses.iter().map(|clause| clause.matches.iter().map(one_match).collect()).collect()
+}
+
+fn one_match(one: &Match) -> Value {
+    let strings = |values: &[StringMatch]| -> Value {
+        let one = |value: &StringMatch| match value {
+            StringMatch::Exact(text) => json!({ "Exact": text }),
+            StringMatch::Prefix(text) => json!({ "Prefix": text }),
+            StringMatch::Suffix(text) => json!({ "Suffix": text }),
+            StringMatch::Presence => json!({ "Presence": {} }),
+        };
+        values.iter().map(one).collect()
+    };
+    let texts = |values: &[crate::policy::Cidr]| -> Value { values.iter().map(ToString::to_string).collect() };
+    let accounts = |values: &[crate::policy::ServiceAccount]| -> Value {
+        let one = |account: &crate::policy::ServiceAccount| json!({ "namespace": account.namespace, "serviceAccount": account.name });
+        values.iter().map(one).collect()
+    };
+    let fields = [
+        ("namespaces", strings(&one.namespaces)),
+        ("notNamespaces", strings(&one.not_namespaces)),
+        ("principals", strings(&one.principals)),
+        ("notPrincipals", strings(&one.not_principals)),
+        ("serviceAccounts", accounts(&one.service_accounts)),
+        ("notServiceAccounts", accounts(&one.not_service_accounts)),
+        ("sourceIps", texts(&one.source_ips)),
+        ("notSourceIps", texts(&one.not_source_ips)),
+        ("destinationIps", texts(&one.destination_ips)),
+        ("notDestinationIps", texts(&one.not_destination_ips)),
+        ("destinationPorts", json!(one.destination_ports)),
+        ("notDestinationPorts", json!(one.not_destination_ports)),
+    ];
+    let said = fields.into_iter().filter(|(_, value)| value.as_array().is_some_and(|values| !values.is_empty()));
+    Value::Object(said.map(|(name, value)| (name.to_owned(), value)).collect())
+}
+
+fn certificates(id: &SpiffeId, held: Option<&Credential>, error: Option<&str>) -> Value {
+    let state = match (held, error) {
+        (Some(_), _) => "Available".to_owned(),
+        (None, None) => "Initializing".to_owned(),
+        (None, Some(error)) => format!("Unavailable: {error}"),
+    };
+    let all = |certificates: &[CertificateDer<'static>]| -> Vec<Value> {
+        certificates.iter().filter_map(|certificate| one_certificate(certificate)).collect()
+    };
+    json!({
+        "identity": id.as_str(),
+        "state": state,
+        "certChain": held.map_or(Vec::new(), |held| all(&held.key.cert)),
+        "rootCerts": held.map_or(Vec::new(), |held| all(held.trust.certificates())),
+    })
+}
+
+fn one_certificate(der: &CertificateDer<'_>) -> Option<Value> {
+    let (_, certificate) = X509Certificate::from_der(der).ok()?;
+    let validity = certificate.validity();
+    Some(json!({
+        // PEM, and that in Base64.
+        "pem": ByteString(pem(der).into_bytes()),
+        "serialNumber": certificate.tbs_certificate.serial.to_string(),
+        "validFrom": rfc3339(validity.not_before.timestamp()),
+        "expirationTime": rfc3339(validity.not_after.timestamp()),
+    }))
+}
+
+/// RFC 7468 section 5.
+fn pem(der: &[u8]) -> String {
+    let base64 = json!(ByteString(der.to_vec()));
+    let base64 = base64.as_str().unwrap_or_default();
+    let mut text = "-----BEGIN CERTIFICATE-----\n".to_owned();
+    for line in base64.as_bytes().chunks(64) {
+        text.extend(line.iter().map(|byte| char::from(*byte)));
+        text.push('\n');
+    }
+    text + "-----END CERTIFICATE-----\n"
+}
+
+fn rfc3339(seconds: i64) -> String {
+    let at = OffsetDateTime::from_unix_timestamp(seconds).unwrap_or(OffsetDateTime::UNIX_EPOCH);
+    let (date, time) = (at.date(), at.time());
+    format!(
+        "{:04}-{:02}-{:02}T{:02}:{:02}:{:02}Z",
+        date.year(),
+        u8::from(date.month()),
+        date.day(),
+        time.hour(),
+        time.minute(),
+        time.second()
+    )
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::Arc;
+
+    use super::*;
+    use crate::{identity::pem as pem_files, policy::Clause};
+
+    #[test]
+    fn a_workload_has_the_fields_that_istioctl_reads() {
+        let one = Workload {
+            name: "shop/web-5d4f8c7b9c-x2x7q".into(),
+            identity: SpiffeId::new("cluster.local", "shop", "front").unwrap(),
+            addresses: vec!["10.0.0.1".parse().unwrap()],
+            pod: 0,
+            selected_by: None,
+        };
+        let dumped = workload(&one);
+        for (key, value) in [
+            ("uid", json!("Kubernetes//Pod/shop/web-5d4f8c7b9c-x2x7q")),
+            ("workloadIps", json!(["10.0.0.1"])),
+            ("protocol", json!("HBONE")),
+            ("name", json!("web-5d4f8c7b9c-x2x7q")),
+            ("namespace", json!("shop")),
+            ("serviceAccount", json!("front")),
+            ("trustDomain", json!("cluster.local")),
+            ("workloadName", json!("web")),
+            ("canonicalName", json!("web")),
+            ("status", json!("Healthy")),
+        ] {
+            assert_eq!(dumped[key], value, "{key}");
+        }
+    }
+
+    #[test]
+    fn a_policy_is_rules_of_clauses_of_alternatives() {
+        let one = Match {
+            principals: vec![StringMatch::parse("cluster.local/ns/shop/*")],
+            destination_ports: vec![80],
+            ..Match::default()
+        };
+        let clause = Clause { of: "from".into(), matches: vec![one] };
+        let one = Authorization {
+            namespace: "shop".into(),
+            name: "front".into(),
+            scope: Scope::Namespace,
+            action: Action::Allow,
+            dry_run: false,
+            rules: vec![Rule { clauses: vec![clause], unseen: Vec::new() }],
+        };
+        let wanted = json!({"name": "front", "namespace": "shop", "scope": "Namespace", "action": "Allow", "dryRun": false,
+            "rules": [[[{"principals": [{"Prefix": "cluster.local/ns/shop/"}], "destinationPorts": [80]}]]]});
+        assert_eq!(policy(&one), wanted);
+    }
+
+    #[test]
+    fn certificates_are_told_without_their_keys() {
+        let issued = rcgen::generate_simple_self_signed(["web".to_owned()]).unwrap();
+        let der = issued.cert.der().clone();
+        let again = pem_files::certificates(pem(&der).as_bytes(), &"it").unwrap();
+        assert_eq!(again, [der.clone()], "its PEM is read again");
+        let told = one_certificate(&der).unwrap();
+        assert!(told["serialNumber"].as_str().unwrap().bytes().all(|byte| byte.is_ascii_digit()), "{told}");
+        assert_eq!(told["validFrom"], "1975-01-01T00:00:00Z");
+        let id = SpiffeId::new("cluster.local", "shop", "web").unwrap();
+        let none = certificates(&id, None, Some("nobody answers"));
+        assert_eq!(none["state"], "Unavailable: nobody answers");
+        assert_eq!(none["certChain"], json!([]));
+        let names: Vec<Arc<str>> = told.as_object().unwrap().keys().map(|key| key.as_str().into()).collect();
+        assert_eq!(
+            names.iter().map(|name| &**name).collect::<Vec<_>>(),
+            ["expirationTime", "pem", "serialNumber", "validFrom"]
+        );
+    }
+}
