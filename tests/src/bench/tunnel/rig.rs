@@ -8,7 +8,7 @@
 
 use std::{net::SocketAddr, sync::atomic::Ordering, time::Duration};
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, bail};
 use nix::{
     time::{ClockId, clock_getcpuclockid, clock_gettime},
     unistd::Pid,
@@ -143,6 +143,7 @@ impl TunnelRig {
         control.add_pod(far, &serves(&[(FAR.0, PORT), half_dead, refusing, (BOTH.0, PORT)]))?;
         control.add_pod(near, &serves(&[(NEAR.0, PORT), (BOTH.0, PORT)]))?;
         for (agent, pod) in [(0, client), (1, far), (0, near)] {
+            agents[agent].wait_enrolled(&pod.name)?;
             agents[agent].wait_joined(&pod.name)?;
         }
         mesh.agents = agents.iter().map(|agent| agent.process().pid()).collect();
@@ -159,6 +160,12 @@ impl TunnelRig {
         let half_dead = afresh(HALF_DEAD, &[mesh.far, SocketAddr::new(mesh.far.ip(), CLOSED_PORT)])?;
         let both = afresh(BOTH, &[mesh.far, mesh.near])?;
         (mesh.far, mesh.near) = (at(FAR), at(NEAR));
+        mesh.client.dials(Target::new(mesh.far), 1)?;
+        mesh.client.dials(Target::new(mesh.near), 1)?;
+        let carried = agents[0].tunnel()?;
+        if (carried["outbound_tunnelled"], carried["outbound_local"]) != (1, 1) {
+            bail!("the first connections did not go through the tunnel: {carried:?}");
+        }
         let agents = <[Agent; 2]>::try_from(agents).ok().context("two agents were started")?;
         Ok(Self { mesh, bare, agents, half_dead, both, _control: control, authority, _pods: pods, lab })
     }
