@@ -5,6 +5,9 @@
 //! node-2 (mesh)    far                 node-4 (nothing)   bare-far
 //! node-5 (mesh)    the agent that is told of 50,000 workloads
 //! ```
+//!
+//! As nodes are machines, each has a CPU of its own: the first, third and fifth one CPU, the others the other. Left to the
+//! scheduler, client and server of a direct connection would share a CPU, which no two machines do.
 
 use std::{net::SocketAddr, sync::atomic::Ordering, time::Duration};
 
@@ -18,6 +21,7 @@ use crate::{
     bench::{
         bpf::Pins,
         load::Load,
+        race::{on, two_cpus},
         rig::{endpoint, pins},
         wire::{Target, Worker},
     },
@@ -60,11 +64,12 @@ impl Side {
             // opens in a minute is more than that.
             pod.place.netns.sysctl(&[("ipv4/tcp_tw_reuse", "1"), ("ipv4/ip_local_port_range", "10000 65000")])?;
         }
-        let mut servers = [Worker::start(&far.place, None, false)?, Worker::start(&near.place, None, false)?];
+        let start = |pod: &Pod, pins| on(cpu_of_node(pod.node)?, || Worker::start(&pod.place, pins, false));
+        let mut servers = [start(far, None)?, start(near, None)?];
         for server in &mut servers {
             server.load::<()>(Load::Echo { port: PORT })?;
         }
-        let client = Worker::start(&client.place, pins, false)?;
+        let client = start(client, pins)?;
         let [far, near] = [far, near].map(|pod| SocketAddr::new(pod.v4(), PORT));
         Ok(Self { client, servers, far, near, agents: Vec::new(), sets: Vec::new() })
     }
@@ -91,6 +96,10 @@ impl Side {
         let workers = sum(&[self.client.pid(), self.servers[0].pid(), self.servers[1].pid()])?;
         Ok([agents, agents + workers])
     }
+}
+
+fn cpu_of_node(node: usize) -> Result<usize> {
+    Ok(two_cpus()?[(node - 1) % 2])
 }
 
 fn cpu_of(pid: i32) -> Result<Duration> {
@@ -122,7 +131,8 @@ impl TunnelRig {
         let mut agents = Vec::new();
         for node in &lab.nodes()[..2] {
             control.add_node(node)?;
-            let agent = node.start_agent(AgentOptions { args: authority.args(), ..AgentOptions::default() })?;
+            let options = AgentOptions { args: authority.args(), ..AgentOptions::default() };
+            let agent = on(cpu_of_node(node.index)?, || node.start_agent(options))?;
             control.connect_agent(&agent)?;
             agents.push(agent);
         }
