@@ -35,13 +35,13 @@ pub struct Access {
 /// A connection that is being relayed.
 #[derive(Debug)]
 pub struct Open {
-    access: Access,
+    access: Box<Access>,
     tally: Arc<Tally>,
 }
 
 impl Access {
     /// It is relayed from now on.
-    pub fn open(self, shared: &Shared) -> Open {
+    pub fn open(self: Box<Self>, shared: &Shared) -> Open {
         let tally = shared.traffic.opened(self.series(Flags::None));
         Open { access: self, tally }
     }
