@@ -140,12 +140,7 @@ async fn download(tcp: WriteHalf<'_>, recv: &mut RecvStream, count: &Cell<u64>) 
         let ended = poll_fn(|cx| poll_chunks(recv, &mut chunks, cx)).await.map_err(RelayError::Tunnel)?;
         let mut taken = 0;
         while taken < chunks.len() {
-            let mut slices = [IoSlice::new(&[]); GATHER];
-            let n = chunks[taken..].len().min(GATHER);
-            for (slice, chunk) in slices.iter_mut().zip(&chunks[taken..]) {
-                *slice = IoSlice::new(chunk);
-            }
-            let mut written = match tcp.try_write_vectored(&slices[..n]) {
+            let mut written = match write_now(&tcp, &chunks[taken..]) {
                 Ok(n) => n,
                 Err(e) if e.kind() == io::ErrorKind::WouldBlock => {
                     tcp.writable().await.map_err(RelayError::Local)?;
@@ -170,6 +165,15 @@ async fn download(tcp: WriteHalf<'_>, recv: &mut RecvStream, count: &Cell<u64>) 
             return shutdown(tcp.as_ref()).map_err(RelayError::Local);
         }
     }
+}
+
+/// What the socket takes at once. By itself, so that a connection that waits does not hold the slices.
+fn write_now(tcp: &WriteHalf<'_>, chunks: &[Bytes]) -> io::Result<usize> {
+    let mut slices = [IoSlice::new(&[]); GATHER];
+    for (slice, chunk) in slices.iter_mut().zip(chunks) {
+        *slice = IoSlice::new(chunk);
+    }
+    tcp.try_write_vectored(&slices[..chunks.len().min(GATHER)])
 }
 
 /// Everything that has come, at least one chunk unless the stream ended; whether it has.

@@ -45,9 +45,9 @@ pub struct Open {
 
 impl Access {
     /// It is relayed from now on; `bytes` are counted meanwhile.
-    pub fn open(self, worker: &Worker, bytes: &Rc<Bytes>) -> Open {
+    pub fn open(self: Box<Self>, worker: &Worker, bytes: &Rc<Bytes>) -> Open {
         let tally = worker.shared.traffic.opened(self.series(Flags::None));
-        let access = Rc::new(self);
+        let access = Rc::from(self);
         let _place = worker.carried.enter(&access, bytes);
         Open { access, tally, _place }
     }

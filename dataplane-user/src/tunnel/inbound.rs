@@ -2,6 +2,7 @@
 
 use std::{
     net::SocketAddr,
+    pin::pin,
     rc::Rc,
     sync::Arc,
     time::{Duration, Instant},
@@ -20,6 +21,7 @@ use super::{
 };
 use crate::{
     hbone::{
+        Stream,
         headers::Authority,
         local,
         relay::{self, Counts as Bytes},
@@ -55,10 +57,8 @@ pub async fn tunnelled(
         }
     };
     let (to, of) = (pod.clone(), worker.clone());
-    let service = move |request, answer| {
-        let stream = Inbound { worker: of.clone(), pod: to.clone(), peer, here };
-        async move { stream.serve(request, answer).await }
-    };
+    let service =
+        move |request, answer| Inbound { worker: of.clone(), pod: to.clone(), peer, here }.serve(request, answer);
     let phase = pod.phase.subscribe();
     let served = server::serve(socket, peer, context.server(), worker.timeouts, phase, Rc::new(service)).await;
     if let Err(error) = served {
@@ -115,10 +115,26 @@ struct Way {
 }
 
 impl Inbound {
-    async fn serve(self, request: server::Request, answer: Answer) {
+    fn serve(self, request: server::Request, answer: Answer) -> impl Future<Output = ()> {
+        // Boxed: what it takes to begin is not kept while the stream is relayed.
+        let begun = Box::pin(self.begin(request, answer));
+        async move {
+            let Some((way, client, stream)) = begun.await else { return };
+            let Way { inbound, workload, to, application } = way;
+            let relayed = async |bytes: &Bytes| relay::tunnel(application, stream, bytes).await;
+            inbound.relay(&workload, Some(&client), to, relayed).await;
+        }
+    }
+
+    /// The application that takes the stream, who the client is, and the stream; or the refusal is told.
+    async fn begin(self, request: server::Request, answer: Answer) -> Option<(Way, SpiffeId, Stream)> {
         let counts = self.worker.counts();
+        let refuse = |answer: Answer, refusal| {
+            answer.refuse(refusal);
+            None
+        };
         let Some(workload) = self.worker.shared.view.pod(self.pod.id) else {
-            return answer.refuse(Refusal::Unavailable);
+            return refuse(answer, Refusal::Unavailable);
         };
         let to = match request.authority {
             // Of the pod that the connection is to: a peer proved itself for no other, and HBONE in HBONE is a loop.
@@ -130,11 +146,11 @@ impl Inbound {
             ref other => {
                 counts.one(Count::InboundBad);
                 debug!(pod = %self.pod.name, peer = %self.peer, authority = %other, "CONNECT to something else");
-                return answer.refuse(Refusal::BadRequest);
+                return refuse(answer, Refusal::BadRequest);
             }
         };
         if !self.admitted(&workload, Some(&request.client), to) {
-            return answer.refuse(Refusal::Denied);
+            return refuse(answer, Refusal::Denied);
         }
         // The application sees the client: the address that the packets come from, and its port when it is told.
         let forwarded = request.metadata.forwarded.as_ref().and_then(|forwarded| forwarded.client_address());
@@ -152,24 +168,25 @@ impl Inbound {
                     let access = self.access(&workload, Some(&request.client), to);
                     let error = format!("the application could not be reached: {error}");
                     access.failed(&self.worker.shared, Flags::NotConnected, &error);
-                    return answer.refuse(Refusal::Unavailable);
+                    return refuse(answer, Refusal::Unavailable);
                 }
             },
         };
-        let Way { inbound, workload, to, application } = way;
-        let stream = match answer.accept(Some(&about(&workload))) {
-            Ok(stream) => stream,
-            // The peer gave up meanwhile.
-            Err(error) => return debug!(pod = %inbound.pod.name, %error, "nobody waits for the answer any more"),
-        };
-        inbound.worker.counts().one(count);
-        let relayed = async |bytes: &Bytes| relay::tunnel(application, stream, bytes).await;
-        inbound.relay(&workload, Some(&request.client), to, relayed).await;
+        match answer.accept(Some(&about(&way.workload))) {
+            Ok(stream) => {
+                way.inbound.worker.counts().one(count);
+                Some((way, request.client, stream))
+            }
+            Err(error) => {
+                debug!(pod = %way.inbound.pod.name, %error, "the peer gave up before the answer");
+                None
+            }
+        }
     }
 
-    fn access(&self, workload: &Arc<Workload>, client: Option<&SpiffeId>, to: SocketAddr) -> Access {
+    fn access(&self, workload: &Arc<Workload>, client: Option<&SpiffeId>, to: SocketAddr) -> Box<Access> {
         let source_workload = self.worker.shared.view.at(&self.peer.ip());
-        Access {
+        Box::new(Access {
             reporter: Reporter::Destination,
             source: self.peer,
             // A name is told of whoever proved it, or of plaintext that nobody proves.
@@ -181,7 +198,7 @@ impl Inbound {
             destination_workload: Some(workload.clone()),
             destination_identity: Some(workload.identity.clone()),
             began: Instant::now(),
-        }
+        })
     }
 
     /// The application is gone while its pod's network lives: another backend of the same services takes the stream, if
@@ -260,7 +277,9 @@ impl Inbound {
         let _carrying = shared.carrying();
         let bytes = Rc::new(Bytes::default());
         let open = self.access(workload, client, to).open(&self.worker, &bytes);
-        let ended = shared.until_revoked(workload, &self.request(client, to), relayed(&bytes)).await;
+        // Pinned here: given away, it would be in the task twice.
+        let relayed = pin!(relayed(&bytes));
+        let ended = shared.until_revoked(workload, &self.request(client, to), relayed).await;
         shared.counts.add(Count::BytesReceived, bytes.received.get());
         shared.counts.add(Count::BytesSent, bytes.sent.get());
         open.end(&bytes, ended.err().as_deref());

@@ -2,6 +2,7 @@
 
 use std::{
     net::SocketAddr,
+    pin::pin,
     rc::Rc,
     sync::Arc,
     time::{Duration, Instant},
@@ -37,8 +38,9 @@ use crate::{
 
 /// Backends that one connection is tried on, as in the kernel.
 const MAX_TRIES: usize = dataplane_ebpf::abi::MAX_TRIES;
-/// How long a backend may be silent while there may be another one.
-const PATIENCE: Duration = Duration::from_millis(300);
+/// How long a backend may be silent while there may be another one: with the other's answer, the client's first byte
+/// comes within 300 ms.
+const PATIENCE: Duration = Duration::from_millis(250);
 /// And when there is none: as Istio's proxy waits for a connection.
 const CONNECT_WITHIN: Duration = Duration::from_secs(10);
 
@@ -106,7 +108,7 @@ pub async fn carry(worker: &Rc<Worker>, pod: &Arc<LocalPod>, socket: TcpStream, 
     };
     let outbound = Outbound { worker, pod, source: &source, client: SocketAddr::new(*source_ip, client.port()) };
     let service = if about.service == 0 { None } else { worker.shared.view.service(&original.ip()) };
-    let access = Access {
+    let access = Box::new(Access {
         reporter: Reporter::Source,
         source: outbound.client,
         source_workload: Some(source.clone()),
@@ -117,8 +119,9 @@ pub async fn carry(worker: &Rc<Worker>, pod: &Arc<LocalPod>, socket: TcpStream, 
         destination_workload: worker.shared.view.at(&original.ip()),
         destination_identity: None,
         began: Instant::now(),
-    };
-    match outbound.connect(&about, original).await {
+    });
+    // Boxed: what it takes to begin is not kept while the connection is relayed.
+    match Box::pin(outbound.connect(&about, original)).await {
         Ok((at, leg)) => outbound.relay(socket, at, leg, access).await,
         Err(failure) => {
             let (count, flags) = match &failure {
@@ -262,7 +265,7 @@ impl Outbound<'_> {
         }
     }
 
-    async fn relay(&self, socket: TcpStream, at: SocketAddr, leg: Leg, mut access: Access) {
+    async fn relay(&self, socket: TcpStream, at: SocketAddr, leg: Leg, mut access: Box<Access>) {
         let shared = &self.worker.shared;
         let _carrying = shared.carrying();
         let (count, tunnelled) = match &leg {
@@ -281,7 +284,9 @@ impl Outbound<'_> {
         let ended = match leg {
             Leg::Tunnel(stream) => relay::tunnel(socket, stream, &bytes).await.map_err(|error| error.to_string()),
             Leg::Local(far, destination, at) => {
-                shared.until_revoked(&destination, &self.request(at), local::relay(socket, far, &bytes)).await
+                // Pinned here: given away, it would be in the task twice.
+                let relayed = pin!(local::relay(socket, far, &bytes));
+                shared.until_revoked(&destination, &self.request(at), relayed).await
             }
             Leg::Plain(far) => local::relay(socket, far, &bytes).await.map_err(|error| error.to_string()),
         };

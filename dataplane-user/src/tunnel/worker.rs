@@ -161,7 +161,7 @@ impl Worker {
 async fn accept(worker: Rc<Worker>, pod: Arc<LocalPod>, listener: TcpListener) {
     loop {
         match listener.accept().await {
-            Ok((socket, peer)) => drop(spawn_local(carry(worker.clone(), pod.clone(), socket, peer))),
+            Ok((socket, peer)) => carry(&worker, &pod, socket, peer),
             Err(error) => {
                 warn!(pod = %pod.name, %error, "a connection could not be accepted");
                 tokio::time::sleep(BREATH).await;
@@ -170,9 +170,9 @@ async fn accept(worker: Rc<Worker>, pod: Arc<LocalPod>, listener: TcpListener) {
     }
 }
 
-/// Which way it goes is told by the address that it came to.
-async fn carry(worker: Rc<Worker>, pod: Arc<LocalPod>, socket: TcpStream, peer: SocketAddr) {
-    let _accepted = worker.shared.accepted();
+/// Which way it goes is told by the address that it came to. Each way is a task of its own size: the longest lived, and
+/// the most of them, are small.
+fn carry(worker: &Rc<Worker>, pod: &Arc<LocalPod>, socket: TcpStream, peer: SocketAddr) {
     let here = match socket.set_nodelay(true).and_then(|()| socket.local_addr()) {
         Ok(here) => canonical(here),
         Err(error) => return debug!(pod = %pod.name, %error, "a connection ended before it was looked at"),
@@ -181,12 +181,22 @@ async fn carry(worker: Rc<Worker>, pod: Arc<LocalPod>, socket: TcpStream, peer: 
     if here.port() != hbone::PORT {
         hbone::relay::unfinished(&socket);
     }
+    let (accepted, worker, pod) = (worker.shared.accepted(), worker.clone(), pod.clone());
     if here.ip().is_loopback() {
-        outbound::carry(&worker, &pod, socket, peer).await;
+        spawn_local(async move {
+            outbound::carry(&worker, &pod, socket, peer).await;
+            drop(accepted);
+        });
     } else if here.port() == hbone::PORT {
-        inbound::tunnelled(&worker, &pod, socket, peer, here).await;
+        spawn_local(async move {
+            inbound::tunnelled(&worker, &pod, socket, peer, here).await;
+            drop(accepted);
+        });
     } else {
-        inbound::plaintext(&worker, &pod, socket, peer, here).await;
+        spawn_local(async move {
+            inbound::plaintext(&worker, &pod, socket, peer, here).await;
+            drop(accepted);
+        });
     }
 }
 

@@ -40,9 +40,9 @@ impl Serialize for Goal {
 impl Goal {
     pub fn text(&self) -> String {
         match self {
-            Self::ValueAtMost(limit) => format!("value <= {limit}"),
-            Self::RatioAtMost(limit) => format!("ratio <= {limit}"),
-            Self::RatioAtLeast(limit) => format!("ratio >= {limit}"),
+            Self::ValueAtMost(limit) => format!("value <= {}", round(*limit)),
+            Self::RatioAtMost(limit) => format!("ratio <= {}", round(*limit)),
+            Self::RatioAtLeast(limit) => format!("ratio >= {}", round(*limit)),
         }
     }
 }

@@ -13,11 +13,13 @@ mod flip;
 mod flows;
 mod hook;
 mod kube;
+pub mod load;
 mod race;
 mod replay;
 pub mod rig;
 mod sample;
 mod scale;
+mod tunnel;
 mod wire;
 pub mod worker;
 
@@ -48,6 +50,11 @@ pub struct Plan {
     pub pings: u32,
     pub deletions: u32,
     pub churn: Duration,
+    pub tunnel_rounds: u32,
+    /// Milliseconds of each thing per round.
+    pub tunnel_ms: u64,
+    /// A node that goes silent.
+    pub silences: u32,
     /// Pods deleted at a real API server.
     pub kube_deletions: u32,
     /// Pods deleted on a real cluster.
@@ -69,6 +76,9 @@ impl Plan {
             pings: 500,
             deletions: 500,
             churn: Duration::from_secs(10),
+            tunnel_rounds: 16,
+            tunnel_ms: 100,
+            silences: 5,
             kube_deletions: 500,
             deaths: 30,
         }
@@ -88,6 +98,9 @@ impl Plan {
             pings: 500,
             deletions: 50,
             churn: Duration::from_secs(2),
+            tunnel_rounds: 4,
+            tunnel_ms: 80,
+            silences: 1,
             kube_deletions: 50,
             deaths: 5,
         }
@@ -104,6 +117,7 @@ const GROUPS: &[(&str, Measure)] = &[
     ("flows", flows::measure),
     ("replay", replay::measure),
     ("scale", scale::measure),
+    ("tunnel", tunnel::measure),
     ("kube", kube::measure),
     ("deaths", deaths::measure),
 ];

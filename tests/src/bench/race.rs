@@ -136,6 +136,15 @@ pub fn pin(cpu: usize) -> Result<()> {
     sched_setaffinity(Pid::from_raw(0), &set).with_context(|| format!("stay on CPU {cpu}"))
 }
 
+/// Do something on one CPU; processes and threads that are started by it stay there.
+pub fn on<T>(cpu: usize, work: impl FnOnce() -> Result<T>) -> Result<T> {
+    let before = sched_getaffinity(Pid::from_raw(0))?;
+    pin(cpu)?;
+    let result = work();
+    sched_setaffinity(Pid::from_raw(0), &before).context("leave a CPU")?;
+    result
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

@@ -11,7 +11,7 @@ use std::{
 use anyhow::{Context, Result, bail};
 use serde::{Deserialize, Serialize, de::DeserializeOwned};
 
-use super::bpf::Pins;
+use super::{bpf::Pins, load::Load};
 use crate::lab::{Process, pod::Place};
 
 /// A health word to be put in force.
@@ -34,6 +34,10 @@ pub enum Request {
     Bounce { to: SocketAddr, count: u32, fresh: bool },
     /// Flip `backend`'s health there and back while another thread connects to `to` without pause.
     FlipRace { to: SocketAddr, backend: u32, flips: u32 },
+    /// Many connections at once.
+    Load(Load),
+    /// New connections, one after the other, each with a byte there and back; before each the target's words are set.
+    Dials { target: Target, count: u32 },
 }
 
 #[derive(Clone, Debug, Serialize, Deserialize)]
@@ -157,6 +161,19 @@ impl Worker {
 
     pub fn bulk(&mut self, flow: usize, ms: u64) -> Result<Moved> {
         self.ask(&Request::Bulk { flow, ms })
+    }
+
+    pub fn load<T: DeserializeOwned>(&mut self, load: Load) -> Result<T> {
+        self.ask(&Request::Load(load))
+    }
+
+    /// ns each.
+    pub fn dials(&mut self, target: Target, count: u32) -> Result<Vec<u64>> {
+        self.ask(&Request::Dials { target, count })
+    }
+
+    pub fn pid(&self) -> i32 {
+        self.process.pid()
     }
 
     pub fn ping(&mut self, flow: usize, count: u32) -> Result<Vec<u64>> {

@@ -20,7 +20,7 @@ use serde::Serialize;
 
 use super::{
     bpf::{Pins, Sockets, Words},
-    race,
+    load, race,
     wire::{Connected, Moved, Request, Target},
 };
 
@@ -46,11 +46,12 @@ pub struct Kernel {
 struct Worker {
     kernel: Option<Kernel>,
     flows: Vec<TcpStream>,
+    sets: load::Sets,
 }
 
 pub fn main(args: &Args) -> Result<()> {
     let kernel = args.pins.as_ref().map(|root| open(root)).transpose()?;
-    let mut worker = Worker { kernel, flows: Vec::new() };
+    let mut worker = Worker { kernel, flows: Vec::new(), sets: load::Sets::default() };
     if let (Ok([cpu, _]), true) = (race::two_cpus(), args.pinned) {
         race::pin(cpu)?;
     }
@@ -98,6 +99,8 @@ impl Worker {
             Request::FlipRace { to, backend, flips } => {
                 json(race::run(self.kernel.as_ref().context("no pins were given")?, to, backend, flips)?)
             }
+            Request::Load(load) => self.sets.answer(&load),
+            Request::Dials { target, count } => json(self.dials(&target, count)?),
         }
     }
 
@@ -149,6 +152,15 @@ impl Worker {
             }
         }
         bail!("none of {TRIES} connects to {} was {}", target.to, if rebound { "rebound" } else { "direct" })
+    }
+
+    fn dials(&self, target: &Target, count: u32) -> Result<Vec<u64>> {
+        (0..count)
+            .map(|_| {
+                self.prepare(target)?;
+                load::dial(target.to)
+            })
+            .collect()
     }
 
     fn flow(&mut self, flow: usize) -> Result<&mut TcpStream> {
