@@ -1,15 +1,19 @@
 //! The mesh on a real Kubernetes: `kubectl rollout restart` of pods whose connections go in mutual TLS, and what the
 //! wire between the nodes and a stranger see of it. Without hitless: `cluster_rollout`.
 
-use std::{thread::sleep, time::Duration};
+use std::{net::Ipv4Addr, thread::sleep, time::Duration};
 
-use anyhow::Result;
-use hitless_tests::cluster::{
-    Spec,
-    load::{Amount, Load, LoadSpec, Outcome},
-    mesh::Wire,
-    rolled::{REPLICAS, Rolled, rollouts},
-    scene::{CLIENTS, Scene, Server},
+use anyhow::{Context, Result};
+use hitless_tests::{
+    cluster::{
+        Spec,
+        image::HTTPBIN,
+        load::{Amount, Load, LoadSpec, Outcome},
+        mesh::Wire,
+        rolled::{REPLICAS, Rolled, rollouts},
+        scene::{CLIENTS, NAMESPACE, Scene, Server},
+    },
+    workload::{binary, storm::Outcome as Tried},
 };
 
 /// Not enrolled, and not in an enrolled namespace.
@@ -29,6 +33,41 @@ fn stranger(scene: &Scene, name: &str) -> Result<Outcome> {
     Ok(outcome)
 }
 
+/// Plaintext is sent to a pod's address from before there is one until it serves, as often as it can be: no connection
+/// is made, although nothing holds the containers back until the agent knows of the pod.
+fn nothing_enters_a_pod_that_starts(scene: &Scene) -> Result<()> {
+    let neighbour: Ipv4Addr =
+        scene.servers()?.into_iter().find(|server| server.node == 2).context("a pod on node-2")?.address;
+    let [a, b, c, _] = neighbour.octets();
+    let address = Ipv4Addr::new(a, b, c, 200);
+    let (from, to) = (scene.cluster.node(1), scene.cluster.node(2));
+    to.next_address(address)?;
+    let result = scene.cluster.dir().join("early.json");
+    let target = format!("{address}:8080");
+    let args = ["storm", "--target", &target, "--threads", "16", "--timeout", "20", "--connections", "1000000000"];
+    let binary = binary()?.to_string_lossy().into_owned();
+    let args = std::iter::once(binary).chain(args.map(str::to_owned));
+    let early = from.host_process("early", args.chain(["--result".into(), result.display().to_string()]).collect())?;
+    scene.cluster.apply(&format!(
+        "apiVersion: v1\nkind: Pod\nmetadata: {{name: early, namespace: {NAMESPACE}}}\n\
+         spec:\n  nodeName: node-2\n  containers:\n  - name: httpbin\n    image: {HTTPBIN}\n    imagePullPolicy: Never\n\
+         \x20   readinessProbe: {{httpGet: {{path: /status/200, port: 8080}}, periodSeconds: 1}}\n"
+    ))?;
+    scene.kubectl(&["wait", "--for=condition=Ready", "pod/early", "--timeout=60s"])?;
+    let pod = scene.get(&["pod", "early"])?;
+    assert_eq!(pod["status"]["podIP"], address.to_string().as_str(), "another address than the one that is tried");
+    sleep(A_WHILE);
+    early.sigterm()?;
+    early.wait()?;
+    let outcome: Tried = serde_json::from_str(&std::fs::read_to_string(result)?)?;
+    eprintln!("to a pod that starts: {} of {} failed {:?}", outcome.failed, outcome.connections, outcome.reasons);
+    // The kernel's refusal, once it is there.
+    assert!(outcome.reasons.get("connect: refused").is_some_and(|refused| *refused > 100), "{outcome:?}");
+    let made: Vec<_> = outcome.reasons.keys().filter(|reason| !reason.starts_with("connect: ")).collect();
+    assert!(outcome.failed == outcome.connections && made.is_empty(), "plaintext entered a strict pod: {outcome:?}");
+    scene.kubectl(&["delete", "pod", "early", "--now"]).map(drop)
+}
+
 /// First as the mesh is without policies, whose plaintext shows that the capture sees any; then strict.
 fn roll_in_the_mesh(server: Server, qps: u32, most: impl Fn(&Rolled) -> u64) -> Result<()> {
     let scene = Scene::with_mesh(&Spec::default(), REPLICAS, server)?;
@@ -41,6 +80,8 @@ fn roll_in_the_mesh(server: Server, qps: u32, most: impl Fn(&Rolled) -> u64) -> 
     scene.make_strict()?;
     let refused = stranger(&scene, "stranger-refused")?;
     assert_eq!(refused.failed, refused.requests, "plaintext entered a strict pod: {refused:?}");
+
+    nothing_enters_a_pod_that_starts(&scene)?;
 
     // A rollout goes on only as the kubelet's probes of each new pod pass: plain HTTP, from the node.
     let restarts = scene.restarts()?;
