@@ -192,6 +192,7 @@ async fn stand_by(state_dir: &Path, signals: &mut Signals) -> Option<File> {
 }
 
 /// How serving ended well.
+#[allow(clippy::large_enum_variant, reason = "there is one, and it is moved once")]
 enum Served {
     Stopped,
     Replaced(Heir, Estate),

@@ -72,8 +72,11 @@ fn the_chart_takes_the_agents_keys_and_no_other() {
     let unknown: Vec<_> = taken.difference(&known).collect();
     assert!(unknown.is_empty(), "the agent has no {unknown:?}");
     // The node's name comes from the API, the credentials from the pod; the salt is for tests.
-    // Identity and policies are files, mounted where there is a mesh: `mesh.identity`, `mesh.policies`.
+    // Identity and policies are files, mounted where there is a mesh: `mesh.identity`, `mesh.policies`. What istiod wants to
+    // see is mounted where the agent looks for it; `mesh.identity.istio` has the rest.
     let elsewhere = ["layout-salt", "node-name", "kubeconfig", "identity", "policies"];
+    let istios = ["istio-ca-root", "istio-token", "cluster-id"];
+    let elsewhere = [&elsewhere[..], &istios[..]].concat();
     let left: Vec<_> = known.difference(&taken).filter(|key| !elsewhere.contains(&key.as_str())).collect();
     assert!(left.is_empty(), "the chart's schema refuses {left:?}");
 

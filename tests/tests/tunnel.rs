@@ -7,6 +7,7 @@ use std::{
 
 use anyhow::Result;
 use hitless_tests::lab::{
+    AgentOptions,
     control::Terms,
     mesh::Mesh,
     net::Family,
@@ -153,6 +154,44 @@ metadata: {name: default, namespace: lab}
 spec: {mtls: {mode: STRICT}}
 ";
 
+/// Which port a connection is to is nothing that the kernel decides by: it leads plaintext to the agent, who knows.
+#[test]
+fn a_port_with_a_mode_of_its_own_is_the_agents_to_guard_and_closed_without_it() -> Result<()> {
+    let (mut scene, mesh) = Mesh::scene(&[2], &[])?;
+    let outsider = scene.lab.node(1).add_pod("outsider")?;
+    scene.control.add_pod(&outsider, &Terms { not_enrolled: true, ..Terms::default() })?;
+    let reaches = |scene: &Scene| {
+        let ask =
+            |addr| connect_from(&outsider.place, SocketAddr::new(addr, PORT)).and_then(|mut stream| who(&mut stream));
+        scene.webs[0].pod.addresses().map(|addr| ask(addr).is_ok())
+    };
+    let modes = |pod: &str, port: u16, of_port: &str| {
+        format!(
+            "
+apiVersion: security.istio.io/v1
+kind: PeerAuthentication
+metadata: {{name: ports, namespace: lab}}
+spec: {{selector: {{matchLabels: {{lab: pod}}}}, mtls: {{mode: {pod}}}, portLevelMtls: {{{port}: {{mode: {of_port}}}}}}}
+"
+        )
+    };
+    mesh.set_policies(&modes("PERMISSIVE", PORT, "STRICT"))?;
+    eventually(|| reaches(&scene) == [false; 2], "the port takes no plaintext");
+    who(&mut scene.connect(Family::V4)?)?;
+    mesh.set_policies(&modes("STRICT", PORT, "PERMISSIVE"))?;
+    eventually(|| reaches(&scene) == [true; 2], "the one port takes plaintext");
+    assert!(scene.counter("plaintext_captured")? > 0, "the agent was asked");
+    let refused = || scene.agent(2).counters().map(|counters| counters["plaintext_refused"]);
+    let before = refused()?;
+    scene.kill_agent(2)?;
+    // Nobody is there who could tell the ports apart: all of them are closed.
+    assert_eq!(reaches(&scene), [false; 2]);
+    scene.start_agent(2, AgentOptions { args: mesh.args(), ..AgentOptions::default() })?;
+    eventually(|| reaches(&scene) == [true; 2], "the next agent is asked");
+    assert!(scene.agent(2).counters()?["plaintext_refused"] >= before + 2, "the kernel refused them");
+    Ok(())
+}
+
 #[test]
 fn the_application_sees_who_the_client_is() -> Result<()> {
     let (scene, _mesh) = Mesh::scene(&[1, 2], &[])?;
@@ -245,6 +284,46 @@ fn the_running_agent_tells_its_certificates_policies_and_decisions() -> Result<(
     let identity = "spiffe://cluster.local/ns/lab/sa/default";
     assert_eq!((&certificates[0]["identity"], &certificates[0]["state"]), (&identity.into(), &"valid".into()));
     assert!(agent.run(&["certificates"])?.contains(identity));
+
+    let mut stream = scene.connect(Family::V4)?;
+    who(&mut stream)?;
+    let at = SocketAddr::new(scene.webs[0].pod.v4(), PORT).to_string();
+    let carried = |node: usize| -> Result<serde_json::Value> {
+        let rows = scene.agent(node).admin(&["connections"])?;
+        let found =
+            rows.as_array().into_iter().flatten().find(|row| row["carried"].is_object() && row["backend"] == *at);
+        found.cloned().ok_or_else(|| anyhow::anyhow!("no carried connection to {at} in {rows}"))
+    };
+    for (node, direction) in [(1, "outbound"), (2, "inbound")] {
+        let row = carried(node)?;
+        assert_eq!((&row["state"], &row["carried"]["direction"]), (&"hbone".into(), &direction.into()), "{row}");
+        assert!(row["peer"].as_str().is_some_and(|peer| peer.ends_with(":15008")), "{row}");
+        for end in ["sourceIdentity", "destinationIdentity"] {
+            assert_eq!(row["carried"][end], identity, "{row}");
+        }
+        assert!(row["carried"]["bytesSent"].as_u64() > Some(0), "{row}");
+        assert!(scene.agent(node).run(&["connections"])?.contains(identity));
+    }
+    drop(stream);
+    eventually(|| carried(1).is_err() && carried(2).is_err(), "an ended connection is not shown");
+
+    let dump: serde_json::Value = serde_json::from_str(&agent.run(&["config", "dump", "--ztunnel"])?)?;
+    let web = dump["workloads"]
+        .as_array()
+        .into_iter()
+        .flatten()
+        .find(|one| one["workloadIps"][0] == *scene.webs[0].pod.v4().to_string());
+    let web = web.unwrap_or_else(|| panic!("no workload of the pod in {dump}"));
+    assert_eq!((&web["serviceAccount"], &web["protocol"]), (&"default".into(), &"HBONE".into()), "{web}");
+    assert_eq!(
+        (&dump["certificates"][0]["identity"], &dump["certificates"][0]["state"]),
+        (&identity.into(), &"Available".into())
+    );
+    assert_eq!(dump["policies"][0]["name"], "only-default", "{dump}");
+    assert!(dump["services"][0]["endpoints"].as_object().is_some_and(|endpoints| !endpoints.is_empty()), "{dump}");
+    assert!(!dump.to_string().contains("PRIVATE"));
+    let state = agent.run(&["config", "dump", "--state"])?;
+    assert!(state.contains("serviceAccount: default"), "{state}");
 
     let to = format!("{}:{PORT}", scene.webs[0].pod.name);
     let explain = |from: &str| agent.admin(&["policy", "explain", "--from", from, "--to", &to]);

@@ -240,7 +240,7 @@ mod tests {
         let issued = rcgen::generate_simple_self_signed(["web".to_owned()]).unwrap();
         let der = issued.cert.der().clone();
         let again = pem_files::certificates(pem(&der).as_bytes(), &"it").unwrap();
-        assert_eq!(again, [der.clone()], "its PEM is read again");
+        assert_eq!(again, std::slice::from_ref(&der), "its PEM is read again");
         let told = one_certificate(&der).unwrap();
         assert!(told["serialNumber"].as_str().unwrap().bytes().all(|byte| byte.is_ascii_digit()), "{told}");
         assert_eq!(told["validFrom"], "1975-01-01T00:00:00Z");

@@ -135,7 +135,8 @@ impl Registry {
         if moved {
             self.unchain(index);
         }
-        for (port, key) in self.pods[index].objects.to_vec() {
+        let objects = self.pods[index].objects.to_vec();
+        for (port, key) in objects {
             if let Some(number) = self.ports[port].objects.get(&key).map(|object| object.backend)
                 && number != 0
             {

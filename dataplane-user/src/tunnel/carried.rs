@@ -24,12 +24,15 @@ pub struct Carried {
     pub received: u64,
 }
 
+/// Who talks to whom, and what went through.
+type Entry = (Rc<Access>, Rc<Bytes>);
+
 /// One worker's.
 #[derive(Debug, Default)]
 pub struct Table {
     next: Cell<u64>,
     /// By number, and so by age.
-    open: RefCell<BTreeMap<u64, (Rc<Access>, Rc<Bytes>)>>,
+    open: RefCell<BTreeMap<u64, Entry>>,
 }
 
 /// A connection's entry, until it is dropped.
@@ -50,7 +53,7 @@ impl Table {
     /// The oldest ones.
     pub fn rows(&self) -> Vec<Carried> {
         let open = self.open.borrow();
-        let row = |(access, bytes): &(Rc<Access>, Rc<Bytes>)| Carried {
+        let row = |(access, bytes): &Entry| Carried {
             access: Access::clone(access),
             age: access.began.elapsed(),
             sent: bytes.sent.get(),

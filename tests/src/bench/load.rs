@@ -136,7 +136,7 @@ fn exchange(set: &mut [TcpStream], size: Size, length: Duration) -> Result<Timed
     at_once(
         set.iter_mut().map(|stream| {
             move |until: Instant| {
-                let (request, mut answer): (&[u8], &mut [u8]) = match size {
+                let (request, answer): (&[u8], &mut [u8]) = match size {
                     Size::Byte => (&[OP_BYTE], &mut [0]),
                     Size::Http => (&[OP_HTTP; REQUEST], &mut [0; ANSWER]),
                 };
@@ -144,7 +144,7 @@ fn exchange(set: &mut [TcpStream], size: Size, length: Duration) -> Result<Timed
                 while Instant::now() < until {
                     let start = now_ns();
                     stream.write_all(request)?;
-                    stream.read_exact(&mut answer)?;
+                    stream.read_exact(answer)?;
                     ns.push(now_ns() - start);
                 }
                 Ok(ns)

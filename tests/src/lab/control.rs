@@ -120,7 +120,8 @@ impl ControlPlane {
             pid: None,
             enrolled: !terms.not_enrolled,
             gateway: terms.gateway,
-            labels: BTreeMap::new(),
+            // What policies with a selector go by.
+            labels: BTreeMap::from([("lab".into(), "pod".into())]),
             stop_signals: terms.stop_signals.clone(),
             service_account: None,
             terminating: false,

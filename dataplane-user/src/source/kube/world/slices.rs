@@ -184,7 +184,8 @@ impl World {
     /// Tells the endpoints of a pod that came, or went.
     pub(super) fn retell_endpoints_of(&mut self, pod: &Name) {
         let Some(known) = self.pods.get(pod) else { return };
-        for name in known.slices.to_vec() {
+        let slices = known.slices.to_vec();
+        for name in slices {
             let Some(slice) = self.slices.get(&name) else { continue };
             let Some(service) = slice.service.clone() else { continue };
             let of_pod = |endpoint: &&Endpoint| endpoint.pod.as_ref().is_some_and(|(name, _)| name == pod);
