@@ -20,7 +20,7 @@ use std::{
     path::PathBuf,
     sync::{
         Arc, PoisonError, RwLock,
-        atomic::{AtomicU64, Ordering::Relaxed},
+        atomic::{AtomicU16, AtomicU64, Ordering::Relaxed},
     },
 };
 
@@ -147,6 +147,16 @@ pub struct LocalPod {
     /// Of the listeners on its loopback.
     port: u16,
     phase: watch::Sender<Phase>,
+    /// Counts the connections to its application: the next one's port.
+    deliveries: AtomicU16,
+}
+
+impl LocalPod {
+    fn delivery_port(&self) -> u16 {
+        let ports = sockets::DELIVERY_PORTS;
+        let count = ports.end() - ports.start() + 1;
+        ports.start() + self.deliveries.fetch_add(1, Relaxed) % count
+    }
 }
 
 /// The agent's side of the tunnel.
@@ -193,7 +203,10 @@ impl Tunnel {
                 let netns = File::open(netns)?;
                 let sockets::Listening { cookie, port, listeners } = sockets::listen(&netns, workers)?;
                 let phase = watch::Sender::default();
-                Ok(Opened { pod: Arc::new(LocalPod { id, name, netns, cookie, port, phase }), listeners })
+                Ok(Opened {
+                    pod: Arc::new(LocalPod { id, name, netns, cookie, port, phase, deliveries: AtomicU16::new(0) }),
+                    listeners,
+                })
             };
             tokio::task::spawn_blocking(open).await.map_err(io::Error::other)?
         }
