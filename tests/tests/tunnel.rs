@@ -119,6 +119,25 @@ fn what_was_named_by_address_is_never_another() -> Result<()> {
     Ok(())
 }
 
+/// A client that closes first leaves the agent's port in TIME-WAIT, in the pod that all clients share.
+#[test]
+fn a_pod_takes_more_connections_in_a_minute_than_it_has_ports() -> Result<()> {
+    let (scene, _mesh) = Mesh::scene(&[1, 2], &[])?;
+    for web in &scene.webs {
+        web.pod.place.netns.sysctl(&[("ipv4/ip_local_port_range", "40000 40019")])?;
+    }
+    for web in &scene.webs {
+        for addr in web.pod.addresses() {
+            for _ in 0..50 {
+                let mut stream = connect_from(&scene.client.place, SocketAddr::new(addr, PORT))?;
+                assert_eq!(who(&mut stream)?, web.name);
+            }
+        }
+    }
+    assert_eq!((tunnel(&scene, "outbound_failed"), tunnel(&scene, "inbound_failed")), (0, 0));
+    Ok(())
+}
+
 #[test]
 fn a_strict_pod_takes_nothing_but_mutual_tls() -> Result<()> {
     let (mut scene, mesh) = Mesh::scene(&[1, 2], &[])?;

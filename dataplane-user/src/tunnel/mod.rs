@@ -22,7 +22,7 @@ use std::{
     path::PathBuf,
     sync::{
         Arc, Mutex, OnceLock, PoisonError, RwLock,
-        atomic::{AtomicBool, AtomicU64, Ordering::Relaxed},
+        atomic::{AtomicBool, AtomicU16, AtomicU64, Ordering::Relaxed},
     },
 };
 
@@ -201,6 +201,8 @@ pub struct LocalPod {
     phase: watch::Sender<Phase>,
     /// Those that the workers have, for an agent that takes over.
     listeners: Mutex<Vec<Listeners>>,
+    /// Counts the connections to its application: the next one's port.
+    deliveries: AtomicU16,
 }
 
 /// A pod's listeners on their way from one agent to the next: open all the while, with all who wait in them.
@@ -215,7 +217,14 @@ pub struct Bequest {
 
 impl LocalPod {
     fn new(id: PodId, name: Arc<str>, netns: File, cookie: u64, port: u16) -> Self {
-        Self { id, name, netns, cookie, port, phase: watch::Sender::default(), listeners: Mutex::default() }
+        let (phase, listeners, deliveries) = Default::default();
+        Self { id, name, netns, cookie, port, phase, listeners, deliveries }
+    }
+
+    fn delivery_port(&self) -> u16 {
+        let ports = sockets::DELIVERY_PORTS;
+        let count = ports.end() - ports.start() + 1;
+        ports.start() + self.deliveries.fetch_add(1, Relaxed) % count
     }
 }
 

@@ -4,6 +4,7 @@ use std::{
     fs::File,
     io,
     net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, TcpListener},
+    ops::RangeInclusive,
     os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd},
     time::Duration,
 };
@@ -112,6 +113,12 @@ fn new_socket(to: &SocketAddr) -> io::Result<OwnedFd> {
     Ok(socket(family, SockType::Stream, SockFlag::SOCK_CLOEXEC | SockFlag::SOCK_NONBLOCK, None)?)
 }
 
+/// Ports of connections to a pod's application: beyond those that the kernel gives of itself (`ip_local_port_range`), so
+/// that the pod's own connections keep theirs.
+pub(super) const DELIVERY_PORTS: RangeInclusive<u16> = 61_000..=65_535;
+/// Of these, so many are tried; then the kernel may choose.
+const PORT_TRIES: usize = 8;
+
 /// Connects from the pod's network namespace. With `client`, the application that answers sees that address as its
 /// peer's.
 pub async fn connect(
@@ -121,11 +128,41 @@ pub async fn connect(
     client: Option<SocketAddr>,
 ) -> io::Result<TcpStream> {
     let to = SocketAddr::new(to.ip().to_canonical(), to.port());
+    if client.is_some() {
+        for _ in 0..PORT_TRIES {
+            match connect_from(shared, pod, to, client, Some(pod.delivery_port())).await {
+                Err(error) if is_taken(&error) => {}
+                done => return done,
+            }
+        }
+    }
+    connect_from(shared, pod, to, client, None).await
+}
+
+/// The port, or the port together with the other end.
+fn is_taken(error: &io::Error) -> bool {
+    matches!(error.kind(), io::ErrorKind::AddrInUse | io::ErrorKind::AddrNotAvailable)
+}
+
+/// With `port`, from the address that it goes to. A port in TIME-WAIT is free for whoever asks for it by number
+/// (`tcp_twsk_unique`, Linux); the kernel's own choice avoids it for a minute, and 28,000 connections in that time, from
+/// all clients together, would be all that a pod takes.
+async fn connect_from(
+    shared: &Shared,
+    pod: &LocalPod,
+    to: SocketAddr,
+    client: Option<SocketAddr>,
+    port: Option<u16>,
+) -> io::Result<TcpStream> {
     let socket = within(pod.netns.as_fd(), || new_socket(&to))?;
     // The connect hook lets it pass by that.
     setsockopt(&socket, sockopt::Mark, &shared.maps.mark())?;
     if let Some(client) = client {
         shared.maps.deliver_for(socket.as_fd(), client).map_err(io::Error::other)?;
+    }
+    if let Some(port) = port {
+        setsockopt(&socket, sockopt::ReuseAddr, &true)?;
+        bind(socket.as_raw_fd(), &SockaddrStorage::from(SocketAddr::new(to.ip(), port)))?;
     }
     let socket = TcpSocket::from_std_stream(std::net::TcpStream::from(socket));
     socket.set_nodelay(true)?;

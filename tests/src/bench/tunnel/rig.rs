@@ -59,11 +59,10 @@ pub struct Side {
 
 impl Side {
     fn new(client: &Pod, [far, near]: [&Pod; 2], pins: Option<&Pins>) -> Result<Self> {
-        for pod in [client, far, near] {
-            // Connections that a client closes are remembered for a minute, and its ports with them: what a bench
-            // opens in a minute is more than that.
-            pod.place.netns.sysctl(&[("ipv4/tcp_tw_reuse", "1"), ("ipv4/ip_local_port_range", "10000 65000")])?;
-        }
+        // Connections that a client closes are remembered for a minute, and its ports with them: what the bench opens in a
+        // minute is more than that.
+        let settings = [("ipv4/tcp_tw_reuse", "1"), ("ipv4/ip_local_port_range", "10000 65000")];
+        client.place.netns.sysctl(&settings)?;
         let start = |pod: &Pod, pins| on(cpu_of_node(pod.node)?, || Worker::start(&pod.place, pins, false));
         let mut servers = [start(far, None)?, start(near, None)?];
         for server in &mut servers {
