@@ -467,8 +467,8 @@ proptest! {
 fn a_certificate_that_is_not_renewed_is_warned_of_once_before_it_expires() {
     let root = Root::new("root");
     let store = by_hand();
-    let start = SystemTime::now();
     store.want([&id("web")]);
+    let start = SystemTime::now();
     let (from, to) = (start - Duration::from_secs(60), seconds_from(start, 3_540));
     assert_eq!(answer(&store, |id| Ok(root.issued(Leaf::new(id).times(from, to))), start), 1);
     let credential = store.get_at(&id("web"), start).unwrap();
@@ -476,7 +476,8 @@ fn a_certificate_that_is_not_renewed_is_warned_of_once_before_it_expires() {
     let late = credential.not_after - life / 8;
     assert!(store.ending(late).is_empty(), "nobody has failed to renew it");
     let fails = |id: &SpiffeId| Err(IssueError::temporary(id, "nobody answers", "is it there?"));
-    assert_eq!(answer(&store, fails, credential.not_after - life / 3), 1);
+    let asked = credential.not_after - life / 3;
+    assert_eq!(answer(&store, fails, asked), 1);
     assert!(store.ending(credential.not_after - life / 3).is_empty(), "there is time");
     let ending = store.ending(late);
     assert_eq!(ending.iter().map(|ending| ending.id.clone()).collect::<Vec<_>>(), [id("web")]);
