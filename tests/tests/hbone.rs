@@ -258,9 +258,15 @@ fn an_envoy_with_another_identity_gets_no_byte_of_ours_and_may_refuse_us_too() {
         let client = Client::new(ca.context(&id("shopper")), &[id("web")], Timeouts::default());
         let error = client.open(address, to).await.err().unwrap();
         assert!(matches!(reason(error), TlsError::WrongIdentity { .. }));
-        let client = Client::new(ca.context(&id("shopper")), &[id("waypoint")], Timeouts::default());
-        let error = client.open(address, to).await.err().unwrap();
-        assert!(matches!(reason(error), TlsError::RefusedUs(_)));
+        // In TLS 1.3 it refuses us after our side is done: its alert may come after the connection's end was met by
+        // writing, and then nobody can say why it ended.
+        for attempt in 0.. {
+            let client = Client::new(ca.context(&id("shopper")), &[id("waypoint")], Timeouts::default());
+            match client.open(address, to).await.err().unwrap() {
+                ConnectError::Closed { .. } if attempt < 20 => {}
+                error => return assert!(matches!(reason(error), TlsError::RefusedUs(_))),
+            }
+        }
     });
 }
 

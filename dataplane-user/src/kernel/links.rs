@@ -173,6 +173,14 @@ pub fn drop_foreign(links: &Path) -> Result<(), Error> {
     Ok(())
 }
 
+/// Takes the program off now. A kernel that frees pins later (by RCU, as 6.18 does) would leave it there for a moment
+/// after the pin has gone; where a link cannot be detached, that is what happens.
+pub fn detach(pin: &Path) {
+    if let Ok(link) = sys::open_pin(pin) {
+        let _ = sys::link_detach(link.as_fd());
+    }
+}
+
 /// Removes a pin; fine when there is none.
 pub fn unpin(pin: &Path) -> io::Result<()> {
     match fs::remove_file(pin) {

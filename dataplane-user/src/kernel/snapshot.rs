@@ -183,6 +183,7 @@ pub fn uninstall(config: &Config) -> Result<Removed, Error> {
     let interfaces = interfaces::remove_all(&directory)?;
     let links = pinned(&directory)?;
     for pin in &links {
+        links::detach(pin);
         links::unpin(pin).map_err(|source| Error::Pin { path: pin.clone(), doing: "unpinning", source })?;
     }
     pins::remove(config)?;

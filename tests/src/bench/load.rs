@@ -286,8 +286,7 @@ mod tests {
     #[test]
     fn answers_do_not_depend_on_how_the_bytes_are_cut() {
         let mut sent = vec![OP_BYTE, OP_BLOCK];
-        sent.extend([OP_HTTP; BLOCK]);
-        sent.extend([OP_HTTP; 2 * REQUEST]);
+        sent.extend(std::iter::repeat_n(OP_HTTP, BLOCK + 2 * REQUEST));
         sent.push(OP_FLUSH);
         let wanted = [&[OP_BYTE][..], &[0; 2 * ANSWER], &[OP_FLUSH]].concat();
         for cut in [1, 7, REQUEST, BLOCK, 2 * BLOCK] {

@@ -14,6 +14,9 @@ use super::scene::{Scene, SceneSpec};
 /// The trust domain of the labs' meshes.
 pub const TRUST_DOMAIN: &str = "cluster.local";
 
+/// As long as what `hitless ca init` makes: one that ends soon is warned of.
+const ROOT_LIFE: Duration = Duration::from_secs(10 * 365 * 86_400);
+
 /// The authority and the policies of one lab, in a directory that goes with it.
 pub struct Mesh {
     directory: tempfile::TempDir,
@@ -22,7 +25,7 @@ pub struct Mesh {
 impl Mesh {
     pub fn new() -> Result<Self> {
         let directory = tempfile::tempdir()?;
-        let root = Root::new(TRUST_DOMAIN, Duration::from_secs(86_400), SystemTime::now())?;
+        let root = Root::new(TRUST_DOMAIN, ROOT_LIFE, SystemTime::now())?;
         let ca = directory.path().join("ca");
         fs::create_dir(&ca)?;
         fs::write(ca.join("tls.crt"), &root.certificate)?;
