@@ -129,22 +129,22 @@ async fn live(config: Config, tasks: Rc<LocalSet>) -> anyhow::Result<Fate> {
             }
             else => false,
         };
-        if serves {
+        let unclaimed = if serves {
             info!(pid = heir.pid, "another agent serves");
             estate.end(&config).await;
-            match config.when_replaced {
-                WhenReplaced::Exit => return Ok(Fate::Replaced),
-                WhenReplaced::StandBy => {}
+            if config.when_replaced == WhenReplaced::Exit {
+                return Ok(Fate::Replaced);
             }
-            let Some(free) = stand_by(&config.state_dir, &mut signals).await else { return Ok(Fate::Replaced) };
-            info!("the agent that had taken over is gone: serving again");
-            (lock, inheritance) = (free, Inheritance::default());
+            None
         } else {
-            // Another one may have been quicker.
-            let Some(free) = stand_by(&config.state_dir, &mut signals).await else { return Ok(Fate::Replaced) };
-            info!("serving again");
-            inheritance = Inheritance { pods: estate.mesh.bequests(), holder: None };
-            lock = free;
+            Some(estate)
+        };
+        // Of an heir that went before it served another one may have been quicker.
+        let Some(free) = stand_by(&config.state_dir, &mut signals).await else { return Ok(Fate::Replaced) };
+        info!("the agent that took over has gone: serving again");
+        (lock, inheritance) = (free, Inheritance::default());
+        if let Some(estate) = unclaimed {
+            inheritance.pods = estate.mesh.bequests();
             let config = config.clone();
             // What it carries has its time, beside what is served anew.
             tasks.spawn_local(async move { estate.end(&config).await });
@@ -208,7 +208,7 @@ struct Estate {
 
 impl Estate {
     /// Lets what is carried end.
-    async fn end(mut self, config: &Config) {
+    async fn end(self, config: &Config) {
         if let Some(settings) = &config.mesh {
             self.mesh.close();
             mesh::wait_for_carried(&self.mesh, settings.drain).await;
@@ -412,11 +412,11 @@ async fn get_ready(core: Shared, config: Config, file: Option<Rc<ReadyFile>>) ->
     if let Some(file) = file {
         file.write();
     }
-    if core.borrow().holder.is_some() {
-        let _ = tokio::time::timeout(JOIN_WITHIN, mesh::joined(&core)).await;
-        if let Some(holder) = core.borrow_mut().holder.take() {
-            holder.serving();
-        }
+    let _ = tokio::time::timeout(JOIN_WITHIN, mesh::joined(&core)).await;
+    core.borrow_mut().mesh.renounce();
+    let holder = core.borrow_mut().holder.take();
+    if let Some(holder) = holder {
+        holder.serving();
     }
     std::future::pending().await
 }

@@ -7,29 +7,23 @@ use anyhow::Result;
 use hitless_tests::{
     lab::{
         Agent, AgentOptions, Exit,
-        mesh::Mesh,
+        mesh::{Mesh, STRICT},
         net::Family,
         scene::{PORT, Scene, Storm, connect_from, eventually, taking_over, who},
     },
     workload::storm::Outcome,
 };
 
-const STRICT: &str = "\
-apiVersion: security.istio.io/v1
-kind: PeerAuthentication
-metadata: {name: default, namespace: istio-system}
-spec: {mtls: {mode: STRICT}}
-";
 /// Of a storm: so many connections are under way at once.
 const THREADS: usize = 4;
 /// Long enough for some hundred connections.
 const A_WHILE: Duration = Duration::from_millis(500);
-/// In which an agent has to let go of what it carries.
-const DRAIN: &str = "3s";
+/// Of every agent here; the drain is as long as an agent has to let go of what it carries.
+const ARGS: [&str; 4] = ["--tunnel-workers", "2", "--tunnel-drain", "3s"];
 
 /// Two nodes, a pod of the service on each, all closed to plaintext.
 fn strict(more: &[&str]) -> Result<(Scene, Mesh)> {
-    let args = [&["--tunnel-workers", "2", "--tunnel-drain", DRAIN], more].concat();
+    let args = [&ARGS, more].concat();
     let (scene, mesh) = Mesh::scene(&[1, 2], &args)?;
     mesh.set_policies(STRICT)?;
     eventually(|| [1, 2].iter().all(|node| closed(&scene, *node)), "pods are closed to plaintext");
@@ -43,8 +37,7 @@ fn closed(scene: &Scene, node: usize) -> bool {
 }
 
 fn options(mesh: &Mesh, more: &[&str]) -> AgentOptions {
-    let workers = ["--tunnel-workers", "2", "--tunnel-drain", DRAIN];
-    let args = mesh.args().into_iter().chain(workers.iter().chain(more).map(|arg| (*arg).to_owned()));
+    let args = mesh.args().into_iter().chain(ARGS.iter().chain(more).map(|arg| (*arg).to_owned()));
     AgentOptions { args: args.collect(), ..AgentOptions::default() }
 }
 

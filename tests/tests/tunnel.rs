@@ -9,7 +9,7 @@ use anyhow::Result;
 use hitless_tests::lab::{
     AgentOptions,
     control::Terms,
-    mesh::Mesh,
+    mesh::{Mesh, STRICT},
     net::Family,
     scene::{PORT, Scene, Web, connect_from, eventually, who},
 };
@@ -165,13 +165,6 @@ fn a_strict_pod_takes_nothing_but_mutual_tls() -> Result<()> {
     eventually(|| reaches(&scene) == [true; 6], "plaintext is taken again");
     Ok(())
 }
-
-const STRICT: &str = "
-apiVersion: security.istio.io/v1
-kind: PeerAuthentication
-metadata: {name: default, namespace: lab}
-spec: {mtls: {mode: STRICT}}
-";
 
 /// Which port a connection is to is nothing that the kernel decides by: it leads plaintext to the agent, who knows.
 #[test]

@@ -64,63 +64,32 @@ impl Client {
 
     /// Of one service, or all.
     pub fn endpoints(&mut self, service: Option<String>) -> anyhow::Result<Vec<EndpointRow>> {
-        let mut rows = Vec::new();
-        let call = self.admin.list_endpoints(ListEndpointsRequest { service });
-        each(&self.runtime, call, |row| {
-            rows.push(row);
-            Ok(true)
-        })?;
-        Ok(rows)
+        all(&self.runtime, self.admin.list_endpoints(ListEndpointsRequest { service }))
     }
 
     /// The drains that the agent remembers, oldest first.
     pub fn drains(&mut self) -> anyhow::Result<Vec<Drain>> {
-        let mut rows = Vec::new();
-        each(&self.runtime, self.admin.list_drains(ListDrainsRequest {}), |row| {
-            rows.push(row);
-            Ok(true)
-        })?;
-        Ok(rows)
+        all(&self.runtime, self.admin.list_drains(ListDrainsRequest {}))
     }
 
     /// The connections that were moved, and those that are carried.
     pub fn connections(&mut self) -> anyhow::Result<Vec<Connection>> {
-        let mut rows = Vec::new();
-        each(&self.runtime, self.admin.list_connections(ListConnectionsRequest {}), |row| {
-            rows.push(row);
-            Ok(true)
-        })?;
-        Ok(rows)
+        all(&self.runtime, self.admin.list_connections(ListConnectionsRequest {}))
     }
 
     /// Of the identities of the pods here.
     pub fn certificates(&mut self) -> anyhow::Result<Vec<Certificate>> {
-        let mut rows = Vec::new();
-        each(&self.runtime, self.admin.list_certificates(ListCertificatesRequest {}), |row| {
-            rows.push(row);
-            Ok(true)
-        })?;
-        Ok(rows)
+        all(&self.runtime, self.admin.list_certificates(ListCertificatesRequest {}))
     }
 
     /// The mesh's part of what ztunnel's /config_dump has.
     pub fn mesh(&mut self) -> anyhow::Result<Vec<MeshObject>> {
-        let mut objects = Vec::new();
-        each(&self.runtime, self.admin.dump_mesh(DumpMeshRequest {}), |object| {
-            objects.push(object);
-            Ok(true)
-        })?;
-        Ok(objects)
+        all(&self.runtime, self.admin.dump_mesh(DumpMeshRequest {}))
     }
 
     /// Every policy that the agent was told.
     pub fn policies(&mut self) -> anyhow::Result<Vec<Policy>> {
-        let mut rows = Vec::new();
-        each(&self.runtime, self.admin.list_policies(ListPoliciesRequest {}), |row| {
-            rows.push(row);
-            Ok(true)
-        })?;
-        Ok(rows)
+        all(&self.runtime, self.admin.list_policies(ListPoliciesRequest {}))
     }
 
     /// Why a connection would be let in or refused.
@@ -155,6 +124,19 @@ fn one<T>(
     call: impl Future<Output = Result<Response<T>, tonic::Status>>,
 ) -> anyhow::Result<T> {
     runtime.block_on(patiently(async { Ok(call.await.map_err(explain)?.into_inner()) }))
+}
+
+/// Every piece of an answer that ends.
+fn all<T>(
+    runtime: &tokio::runtime::Runtime,
+    call: impl Future<Output = Result<Response<Streaming<T>>, tonic::Status>>,
+) -> anyhow::Result<Vec<T>> {
+    let mut pieces = Vec::new();
+    each(runtime, call, |piece| {
+        pieces.push(piece);
+        Ok(true)
+    })?;
+    Ok(pieces)
 }
 
 fn each<T>(

@@ -2,22 +2,19 @@
 //! Istio's, the rest is what this agent knows. No private key is in it.
 
 use k8s_openapi::ByteString;
+use pem::{EncodeConfig, LineEnding, Pem};
 use rustls_pki_types::CertificateDer;
 use serde_json::{Value, json};
-use time::OffsetDateTime;
 use x509_parser::prelude::{FromDer as _, X509Certificate};
 
 use super::protocol::MeshObject;
 use crate::{
-    identity::{Credential, SpiffeId},
+    identity::{Credential, SpiffeId, istio::CLUSTER},
     mesh::Workload,
     model::short_name,
     policy::{Action, Authorization, Match, Policies, Rule, Scope, StringMatch},
     tunnel::{Shared, traffic::workload_of},
 };
-
-/// What Istio calls a cluster that nobody named.
-pub const CLUSTER: &str = "Kubernetes";
 
 /// Its lists but for the services, which the mesh does not hold.
 pub fn dump(shared: &Shared) -> Vec<MeshObject> {
@@ -148,37 +145,22 @@ fn one_certificate(der: &CertificateDer<'_>) -> Option<Value> {
     let validity = certificate.validity();
     Some(json!({
         // PEM, and that in Base64.
-        "pem": ByteString(pem(der).into_bytes()),
+        "pem": ByteString(text(der).into_bytes()),
         "serialNumber": certificate.tbs_certificate.serial.to_string(),
-        "validFrom": rfc3339(validity.not_before.timestamp()),
-        "expirationTime": rfc3339(validity.not_after.timestamp()),
+        "validFrom": moment(validity.not_before.timestamp()),
+        "expirationTime": moment(validity.not_after.timestamp()),
     }))
 }
 
-/// RFC 7468 section 5.
-fn pem(der: &[u8]) -> String {
-    let base64 = json!(ByteString(der.to_vec()));
-    let base64 = base64.as_str().unwrap_or_default();
-    let mut text = "-----BEGIN CERTIFICATE-----\n".to_owned();
-    for line in base64.as_bytes().chunks(64) {
-        text.extend(line.iter().map(|byte| char::from(*byte)));
-        text.push('\n');
-    }
-    text + "-----END CERTIFICATE-----\n"
+/// As PEM (RFC 7468 section 5).
+fn text(der: &[u8]) -> String {
+    let lf = EncodeConfig::new().set_line_ending(LineEnding::LF);
+    pem::encode_config(&Pem::new("CERTIFICATE", der), lf)
 }
 
-fn rfc3339(seconds: i64) -> String {
-    let at = OffsetDateTime::from_unix_timestamp(seconds).unwrap_or(OffsetDateTime::UNIX_EPOCH);
-    let (date, time) = (at.date(), at.time());
-    format!(
-        "{:04}-{:02}-{:02}T{:02}:{:02}:{:02}Z",
-        date.year(),
-        u8::from(date.month()),
-        date.day(),
-        time.hour(),
-        time.minute(),
-        time.second()
-    )
+/// RFC 3339.
+fn moment(seconds: i64) -> String {
+    jiff::Timestamp::from_second(seconds).unwrap_or(jiff::Timestamp::UNIX_EPOCH).to_string()
 }
 
 #[cfg(test)]
@@ -239,7 +221,7 @@ mod tests {
     fn certificates_are_told_without_their_keys() {
         let issued = rcgen::generate_simple_self_signed(["web".to_owned()]).unwrap();
         let der = issued.cert.der().clone();
-        let again = pem_files::certificates(pem(&der).as_bytes(), &"it").unwrap();
+        let again = pem_files::certificates(text(&der).as_bytes(), &"it").unwrap();
         assert_eq!(again, std::slice::from_ref(&der), "its PEM is read again");
         let told = one_certificate(&der).unwrap();
         assert!(told["serialNumber"].as_str().unwrap().bytes().all(|byte| byte.is_ascii_digit()), "{told}");

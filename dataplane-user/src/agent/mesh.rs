@@ -163,10 +163,17 @@ impl Mesh {
     }
 
     /// Another agent accepts from now on; peers are told to open no more streams to this one.
-    pub fn close(&mut self) {
+    pub fn close(&self) {
         if let Some(mesh) = &self.0 {
             mesh.tunnel.close();
             mesh.tunnel.drain_all();
+        }
+    }
+
+    /// Lets go of listeners of the agent before that belong to no pod of the mesh any more.
+    pub fn renounce(&mut self) {
+        if let Some(mesh) = &mut self.0 {
+            mesh.inherited.clear();
         }
     }
 
@@ -350,8 +357,12 @@ pub async fn policies_known(core: &SharedCore) {
 /// Until every pod here has its listeners, and a certificate to answer with.
 pub async fn joined(core: &SharedCore) {
     let waiting = |mesh: &Parts| !mesh.unopened.is_empty() || mesh.store.numbers().waiting > 0;
-    while core.borrow().mesh.0.as_ref().is_some_and(waiting) {
-        tokio::time::sleep(Duration::from_millis(20)).await;
+    until(|| !core.borrow().mesh.0.as_ref().is_some_and(waiting)).await;
+}
+
+async fn until(reached: impl Fn() -> bool) {
+    while !reached() {
+        tokio::time::sleep(POLL).await;
     }
 }
 
@@ -413,13 +424,8 @@ pub async fn drain(core: &SharedCore, within: Duration) {
     // Peers that have no other backend begin new ones all the while. They have what is left when the listeners close:
     // ended amid them the agent would cut some.
     let last = LAST.min(within / 2);
-    let ended = async {
-        while shared.before_stop() > 0 {
-            tokio::time::sleep(POLL).await;
-        }
-    };
     let began = tokio::time::Instant::now();
-    let _ = tokio::time::timeout(within - last, ended).await;
+    let _ = tokio::time::timeout(within - last, until(|| shared.before_stop() == 0)).await;
     if let Some(mesh) = &core.borrow().mesh.0 {
         mesh.tunnel.close();
     }
@@ -434,25 +440,15 @@ pub async fn wait_for_carried(mesh: &Mesh, within: Duration) {
 }
 
 async fn wait_for(shared: &Shared, within: Duration) {
-    let ended = async {
-        while shared.active() > 0 {
-            tokio::time::sleep(POLL).await;
-        }
-    };
     let carried = shared.active();
     if carried > 0 {
         info!(connections = carried, within = ?within, "waiting for the connections that are carried");
     }
-    if tokio::time::timeout(within, ended).await.is_err() {
+    if tokio::time::timeout(within, until(|| shared.active() == 0)).await.is_err() {
         warn!(cut = shared.active(), of = carried, "connections are cut: they took longer than --tunnel-drain");
     }
     // The peers were told; a connection that has nothing more to carry ends when its last bytes are out.
-    let closed = async {
-        while shared.open() > 0 {
-            tokio::time::sleep(POLL).await;
-        }
-    };
-    if tokio::time::timeout(LAST, closed).await.is_err() {
+    if tokio::time::timeout(LAST, until(|| shared.open() == 0)).await.is_err() {
         debug!(connections = shared.open(), "peers that were told to end have not");
     }
 }

@@ -6,6 +6,7 @@ use serde_json::{Map, Value, json};
 
 use crate::{
     admin::{protocol::MeshObject, ztunnel},
+    identity::istio::CLUSTER,
     model::{Backend, Service, Snapshot},
     tunnel::host_of,
 };
@@ -53,7 +54,7 @@ fn service(service: &Service, backends: &[&Backend]) -> Value {
         let Some(port) = service.ports.iter().find(|port| port.name == backend.port) else { continue };
         let who = match &backend.pod {
             Some(pod) => ztunnel::uid(pod),
-            None => format!("{}//Address/{}", ztunnel::CLUSTER, backend.address),
+            None => format!("{}//Address/{}", CLUSTER, backend.address),
         };
         endpoints.entry(who).or_default().insert(port.port.to_string(), backend.target_port.into());
     }

@@ -53,6 +53,9 @@ pub struct IstioConfig {
     pub life: Duration,
 }
 
+/// What Istio calls a cluster that nobody named.
+pub const CLUSTER: &str = "Kubernetes";
+
 /// What the agent shows istiod, and by what it knows it.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct IstioPlaces {
@@ -67,7 +70,7 @@ impl Default for IstioPlaces {
         Self {
             root: "/var/run/secrets/istio/root-cert.pem".into(),
             token: "/var/run/secrets/tokens/istio-token".into(),
-            cluster_id: "Kubernetes".into(),
+            cluster_id: CLUSTER.into(),
         }
     }
 }

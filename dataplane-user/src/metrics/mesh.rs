@@ -7,15 +7,13 @@ use std::sync::{
 
 use super::text::{Exposition, Kind};
 use crate::{
+    identity::istio::CLUSTER,
     policy::Standing,
     tunnel::{
         Count, Shared, host_of,
         traffic::{End, Series, Tally, Traffic, UNKNOWN},
     },
 };
-
-/// What Istio calls a cluster that nobody named.
-const CLUSTER: &str = "Kubernetes";
 
 /// What the agent's thread tells of the mesh; the rest is looked up by whoever wants it.
 #[derive(Clone, Debug)]

@@ -8,15 +8,14 @@ use std::{
         atomic::{AtomicBool, Ordering},
     },
     thread::{self, JoinHandle},
-    time::{Duration, Instant},
 };
 
-use anyhow::{Context, Result, bail};
-use serde_json::Value;
+use anyhow::{Context, Result};
 
 use super::{
     Cluster, ControlPlane, Spec, parts,
     scene::{NAMESPACE, Scene, Server},
+    trouble::wait_for,
 };
 use crate::{
     lab::{mesh::TRUST_DOMAIN, packets::Sniffer},
@@ -29,7 +28,6 @@ const KINDS: [(&str, &str); 2] =
 /// In every request and every answer of the servers here; in nothing else that leaves a node in clear.
 const MARKERS: [&[u8]; 2] = [b"/status/200", b"HTTP/1.1 "];
 const HBONE: u16 = dataplane_ebpf::abi::HBONE_PORT;
-const PATIENCE: Duration = Duration::from_secs(30);
 
 /// Their CRDs, which take everything: what Istio's schema would refuse is to be met as well.
 pub fn crds() -> String {
@@ -77,12 +75,10 @@ impl Scene {
         wait_crds(&scene.cluster.control)?;
         let args = args(&scene.cluster)?;
         scene.start_agents(&args.iter().map(String::as_str).collect::<Vec<_>>())?;
-        let pods = scene.get(&["pods", "-l", "app=web"])?;
-        for pod in pods["items"].as_array().into_iter().flatten() {
-            let text = |value: &Value| value.as_str().unwrap_or_default().to_owned();
-            let (name, node) = (text(&pod["metadata"]["name"]), text(&pod["spec"]["nodeName"]));
-            let agent = scene.agents.iter().find(|agent| format!("node-{}", agent.node) == node);
-            agent.with_context(|| format!("{name} is on {node:?}"))?.wait_enrolled(&format!("{NAMESPACE}/{name}"))?;
+        for server in scene.servers()? {
+            let agent = scene.agents.iter().find(|agent| agent.node == server.node);
+            let agent = agent.with_context(|| format!("{} is on node {}", server.name, server.node))?;
+            agent.wait_enrolled(&format!("{NAMESPACE}/{}", server.name))?;
         }
         Ok(scene)
     }
@@ -101,21 +97,13 @@ impl Scene {
             "apiVersion: security.istio.io/v1\nkind: PeerAuthentication\nmetadata: {{name: default, namespace: {NAMESPACE}}}\n\
              spec: {{mtls: {{mode: STRICT}}}}\n"
         ))?;
-        let deadline = Instant::now() + PATIENCE;
         let name = format!("{NAMESPACE}/default");
-        for agent in &self.agents {
-            loop {
+        self.agents.iter().try_for_each(|agent| {
+            wait_for(&format!("{name} on node {}", agent.node), || {
                 let policies = agent.admin(&["policies"])?;
-                if policies.as_array().into_iter().flatten().any(|row| row["name"] == name.as_str()) {
-                    break;
-                }
-                if Instant::now() > deadline {
-                    bail!("node {} has no {name} after {PATIENCE:?}: {policies:#}", agent.node);
-                }
-                thread::sleep(Duration::from_millis(50));
-            }
-        }
-        Ok(())
+                Ok(policies.as_array().into_iter().flatten().any(|row| row["name"] == name.as_str()).then_some(()))
+            })
+        })
     }
 }
 

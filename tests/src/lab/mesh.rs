@@ -14,6 +14,14 @@ use super::scene::{Scene, SceneSpec};
 /// The trust domain of the labs' meshes.
 pub const TRUST_DOMAIN: &str = "cluster.local";
 
+/// No plaintext enters the labs' pods.
+pub const STRICT: &str = "
+apiVersion: security.istio.io/v1
+kind: PeerAuthentication
+metadata: {name: default, namespace: lab}
+spec: {mtls: {mode: STRICT}}
+";
+
 /// As long as what `hitless ca init` makes: one that ends soon is warned of.
 const ROOT_LIFE: Duration = Duration::from_secs(10 * 365 * 86_400);
 

@@ -417,12 +417,13 @@ fn look(
     known: Vec<(Name, String, Process)>,
     unfound: Vec<(Name, String)>,
 ) -> io::Result<Vec<Sighting>> {
-    // Another process of such a pod was a stranger as long as nobody looked for it.
-    if known.iter().any(|(_, _, process)| !process.lives()) {
+    let ended = known.into_iter().filter(|(_, _, process)| !process.lives()).map(|(name, uid, _)| (name, uid, true));
+    let mut looked_for: Vec<_> = ended.collect();
+    if !looked_for.is_empty() {
+        // Another process of such a pod was a stranger as long as nobody looked for it.
         *search = find::Search::default();
     }
-    let ended = known.into_iter().filter(|(_, _, process)| !process.lives()).map(|(name, uid, _)| (name, uid, true));
-    let looked_for: Vec<_> = ended.chain(unfound.into_iter().map(|(name, uid)| (name, uid, false))).collect();
+    looked_for.extend(unfound.into_iter().map(|(name, uid)| (name, uid, false)));
     if looked_for.is_empty() {
         return Ok(Vec::new());
     }
