@@ -80,6 +80,8 @@ pub struct Core {
     pub drains: Drains,
     pub counted: Counted,
     changes: Vec<Change>,
+    /// When the event that comes next was in the maps, as far as it is urgent.
+    early_ns: Option<u64>,
     /// Why the hooks are not proved, when that was tried.
     pub unproved: Option<String>,
     /// Why the programs are not attached yet, when that was tried.
@@ -114,6 +116,7 @@ impl Core {
             drains: Drains::default(),
             counted: Counted::default(),
             changes: Vec::new(),
+            early_ns: None,
             unproved: None,
             activation_error: None,
         }
@@ -128,7 +131,8 @@ impl Core {
         let in_mesh = self.mesh.hear(&event);
         let mut problems = self.registry.apply(event, &mut self.changes);
         let mut written = self.write(&mut problems);
-        let at_ns = monotonic_ns();
+        let early_ns = self.early_ns.take().filter(|early_ns| *early_ns >= read_ns);
+        let at_ns = early_ns.unwrap_or_else(monotonic_ns);
         problems.extend(in_mesh);
         problems.extend(self.mesh.settle(&self.registry, &mut self.kernel));
         problems.extend(self.registry.settle(&mut self.changes));
@@ -160,6 +164,14 @@ impl Core {
         }
         self.activate();
         Applied { changes: written, problems, at_ns }
+    }
+
+    /// A pod ends, as an event is about to say: no new connection goes to it from here on.
+    pub fn ends(&mut self, pod: &str) {
+        self.registry.pod_ends(pod, &mut self.changes);
+        if self.write(&mut Vec::new()) > 0 {
+            self.early_ns = Some(monotonic_ns());
+        }
     }
 
     /// Enrols the node's own network namespace.

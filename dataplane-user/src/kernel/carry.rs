@@ -2,7 +2,7 @@
 //!
 //! The control plane may learn of it seconds later; until then the word in the maps is all there is.
 
-use std::{collections::HashMap, os::fd::AsFd, path::Path, sync::atomic::Ordering};
+use std::{collections::HashMap, os::fd::AsFd, path::Path};
 
 use dataplane_ebpf::{
     abi::{Addr, Backend, Endpoint},
@@ -27,9 +27,8 @@ impl Before {
     /// Tells this agent's health words what those say beyond the control plane's word.
     pub fn carry_over(&self, maps: &Maps) -> Result<u32, Error> {
         let mut said: HashMap<(Addr, u16, u8), Input> = HashMap::new();
-        for id in 1..self.backends.entries().min(self.health.entries()) {
-            let Some(word) = self.health.word(id) else { break };
-            let health = Health(word.load(Ordering::SeqCst));
+        for (id, word) in self.health.iter().skip(1) {
+            let health = Health(word);
             let input = match health.state() {
                 State::Draining if !health.terminating() => Input::StopSignal,
                 State::Refusing if !health.terminating() => Input::ListenerClosed,
@@ -43,8 +42,7 @@ impl Before {
             return Ok(0);
         }
         let mut told = 0;
-        for id in 1..maps.backends.entries() {
-            let Some(backend) = maps.backends.get(id).filter(|backend| backend.generation != 0) else { continue };
+        for (id, backend) in maps.backends.iter().skip(1).filter(|(_, backend)| backend.generation != 0) {
             if let Some(input) = said.get(&key(&backend.at)) {
                 writer::apply(maps, id, Some(backend.generation), *input)?;
                 told += 1;

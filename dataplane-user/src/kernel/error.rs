@@ -34,6 +34,11 @@ pub enum Error {
     Missing { what: String },
     #[error("attaching {program} to {target}: {source}{}", attach_remedy(source))]
     Attach { program: String, target: String, source: io::Error },
+    #[error(
+        "map {map} has keys of {} and values of {} bytes, this agent takes them for {} and {}: its BPF object is of another \
+         version; rebuild it with `cargo xtask build-ebpf`", found.0, found.1, expected.0, expected.1
+    )]
+    Layout { map: &'static str, found: (u32, u32), expected: (u32, u32) },
     #[error("map {map}: {doing} failed: {source}")]
     Map { map: &'static str, doing: &'static str, source: io::Error },
     #[error(

@@ -134,6 +134,10 @@ impl HashMap {
         sys::map_delete(self.fd(), key).map_err(|source| self.failed("a deletion", source))
     }
 
+    pub fn take<K: Pod, V: Pod + Default>(&self, key: &K) -> Result<Option<V>, Error> {
+        sys::map_take(self.fd(), key).map_err(|source| self.failed("a lookup with deletion", source))
+    }
+
     pub fn entries<K: Pod + Default, V: Pod + Default>(&self) -> Result<Vec<(K, V)>, Error> {
         sys::map_entries(self.fd()).map_err(|source| self.failed("reading it", source))
     }
@@ -144,6 +148,14 @@ impl HashMap {
             _ => Error::Map { map: self.name, doing, source },
         }
     }
+}
+
+/// Whether keys and values are as long as this agent takes them to be.
+fn checked<K, V>(map: &'static str, fd: &OwnedFd) -> Result<sys::MapInfo, Error> {
+    let info =
+        sys::map_info(fd.as_fd()).map_err(|source| Error::Map { map, doing: "asking for its layout", source })?;
+    let (found, expected) = ((info.key_size, info.value_size), (size_of::<K>() as u32, size_of::<V>() as u32));
+    if found == expected { Ok(info) } else { Err(Error::Layout { map, found, expected }) }
 }
 
 /// All maps of the object that the agent reads or writes.
@@ -180,30 +192,30 @@ impl Maps {
             // Not read-only even for a look: the kernel maps arrays only for descriptors that may write.
             sys::open_pin(&path).map_err(|source| pin_error(&path, source))
         };
-        let hash = |name: &'static str| -> Result<HashMap, Error> {
-            Ok(HashMap { name, size: sizes.of(name).unwrap_or(0), fd: Arc::new(open(name)?) })
-        };
+        fn hash<K, V>(name: &'static str, fd: OwnedFd, sizes: &Sizes) -> Result<HashMap, Error> {
+            checked::<K, V>(name, &fd)?;
+            Ok(HashMap { name, size: sizes.of(name).unwrap_or(0), fd: Arc::new(fd) })
+        }
         fn mapped<T: Pod>(name: &'static str, fd: OwnedFd, size: u32, writable: bool) -> Result<MappedArray<T>, Error> {
+            checked::<u32, T>(name, &fd)?;
             MappedArray::new(fd, size, writable).map_err(|source| Error::Map { map: name, doing: "mmap", source })
         }
         let settings = open("SETTINGS")?;
-        let number = sys::map_info(settings.as_fd())
-            .map_err(|source| Error::Map { map: "SETTINGS", doing: "asking for its identifier", source })?
-            .id;
+        let number = checked::<u32, abi::Settings>("SETTINGS", &settings)?.id;
         Ok(Self {
             number,
-            frontends: hash("FRONTENDS")?,
-            slots: hash("SLOTS")?,
-            backend_index: hash("BACKEND_INDEX")?,
-            pods: hash("PODS")?,
-            listeners: hash("LISTENERS")?,
-            affinity: hash("AFFINITY")?,
-            suspects: hash("SUSPECTS")?,
-            rebinds: hash("REBINDS")?,
-            mesh: hash("MESH")?,
-            tunnelled: hash("TUNNELLED")?,
-            inbound: hash("INBOUND")?,
-            sockets: hash("SOCKETS")?,
+            frontends: hash::<abi::Endpoint, abi::Frontend>("FRONTENDS", open("FRONTENDS")?, sizes)?,
+            slots: hash::<abi::SlotKey, abi::Slot>("SLOTS", open("SLOTS")?, sizes)?,
+            backend_index: hash::<abi::Endpoint, u32>("BACKEND_INDEX", open("BACKEND_INDEX")?, sizes)?,
+            pods: hash::<u64, abi::Pod>("PODS", open("PODS")?, sizes)?,
+            listeners: hash::<abi::ListenerKey, i32>("LISTENERS", open("LISTENERS")?, sizes)?,
+            affinity: hash::<abi::AffinityKey, abi::Affinity>("AFFINITY", open("AFFINITY")?, sizes)?,
+            suspects: hash::<abi::SuspectKey, abi::Suspects>("SUSPECTS", open("SUSPECTS")?, sizes)?,
+            rebinds: hash::<abi::FlowKey, abi::Rebind>("REBINDS", open("REBINDS")?, sizes)?,
+            mesh: hash::<abi::Addr, abi::MeshAddress>("MESH", open("MESH")?, sizes)?,
+            tunnelled: hash::<abi::LocalConnection, abi::Tunnelled>("TUNNELLED", open("TUNNELLED")?, sizes)?,
+            inbound: hash::<abi::Addr, u32>("INBOUND", open("INBOUND")?, sizes)?,
+            sockets: hash::<i32, abi::Socket>("SOCKETS", open("SOCKETS")?, sizes)?,
             services: mapped("SERVICES", open("SERVICES")?, sizes.services, writable)?,
             backends: mapped("BACKENDS", open("BACKENDS")?, sizes.backends, writable)?,
             health: mapped("HEALTH", open("HEALTH")?, sizes.backends, writable)?,

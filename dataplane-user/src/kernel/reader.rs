@@ -37,7 +37,6 @@ impl Reader {
 
     /// Every backend's health word; unused numbers are Gone.
     pub fn healths(&self) -> impl Iterator<Item = Health> {
-        let words = (1..self.0.health.entries()).filter_map(|id| self.0.health.word(id));
-        words.map(|word| Health(word.load(std::sync::atomic::Ordering::Relaxed)))
+        self.0.health.iter().skip(1).map(|(_, word)| Health(word))
     }
 }

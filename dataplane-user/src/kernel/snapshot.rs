@@ -23,14 +23,14 @@ pub fn seed(maps: &Maps) -> Result<Seed, Error> {
         .map_or((services, backends), |world| (world.first_service, world.first_backend));
     let mut seed = Seed {
         frontends: maps.frontends.entries()?,
-        services: (1..first_service).filter_map(|id| maps.services.get(id)).filter(|s| s.id != 0).collect(),
+        services: maps.services.iter().map(|(_, one)| one).filter(|one| (1..first_service).contains(&one.id)).collect(),
         slots: maps.slots.entries()?,
         ..Seed::default()
     };
     seed.frontends.retain(|(_, frontend)| frontend.service < first_service);
     seed.slots.retain(|(key, _)| key.service < first_service);
-    for id in 1..first_backend {
-        let health = Health(maps.health.word(id).map_or(0, |word| word.load(std::sync::atomic::Ordering::Relaxed)));
+    for (id, word) in maps.health.iter().take(first_backend as usize).skip(1) {
+        let health = Health(word);
         if health.state() != health::State::Gone {
             seed.backends.push((id, maps.backends.get(id).unwrap_or_default(), health));
         } else if health.0 != 0 {
@@ -56,9 +56,8 @@ pub fn occupancy(maps: &Maps) -> Result<Vec<Occupancy>, Error> {
             }
         }
     }
-    let backends =
-        (1..maps.backends.entries()).filter(|id| maps.backends.get(*id).is_some_and(|b| b != Backend::default()));
-    let services = (1..maps.services.entries()).filter(|id| maps.services.get(*id).is_some_and(|s| s.id != 0));
+    let backends = maps.backends.iter().skip(1).filter(|(_, backend)| *backend != Backend::default());
+    let services = maps.services.iter().skip(1).filter(|(_, service)| service.id != 0);
     Ok(vec![
         count::<abi::Endpoint, abi::Frontend>(&maps.frontends)?,
         Occupancy { map: "SERVICES", used: services.count() as u32, size: maps.services.entries() },

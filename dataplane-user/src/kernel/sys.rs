@@ -18,6 +18,7 @@ use aya::Pod;
 const MAP_LOOKUP_ELEM: i32 = 1;
 const MAP_UPDATE_ELEM: i32 = 2;
 const MAP_DELETE_ELEM: i32 = 3;
+const MAP_LOOKUP_AND_DELETE_ELEM: i32 = 21;
 const PROG_LOAD: i32 = 5;
 const OBJ_PIN: i32 = 6;
 const OBJ_GET: i32 = 7;
@@ -106,6 +107,17 @@ pub fn map_delete<K: Pod>(map: BorrowedFd<'_>, key: &K) -> io::Result<bool> {
     match bpf(MAP_DELETE_ELEM, &mut Element::new(map, key, 0)) {
         Ok(_) => Ok(true),
         Err(error) if error.raw_os_error() == Some(libc::ENOENT) => Ok(false),
+        Err(error) => Err(error),
+    }
+}
+
+/// Looks it up and deletes it, in one call (Linux 5.14, commit 3e87f192b405).
+pub fn map_take<K: Pod, V: Pod + Default>(map: BorrowedFd<'_>, key: &K) -> io::Result<Option<V>> {
+    let mut value = V::default();
+    let mut attributes = Element::new(map, key, std::ptr::from_mut(&mut value) as u64);
+    match bpf(MAP_LOOKUP_AND_DELETE_ELEM, &mut attributes) {
+        Ok(_) => Ok(Some(value)),
+        Err(error) if error.raw_os_error() == Some(libc::ENOENT) => Ok(None),
         Err(error) => Err(error),
     }
 }

@@ -51,8 +51,7 @@ impl TunnelMaps {
             listener_port_be: listener_port.to_be(),
             _pad: 0,
         };
-        let Some(found) = self.0.tunnelled.get::<_, Tunnelled>(&key)? else { return Ok(None) };
-        self.0.tunnelled.delete(&key)?;
+        let Some(found) = self.0.tunnelled.take::<_, Tunnelled>(&key)? else { return Ok(None) };
         if found.maps == self.0.number { Ok(Some(found)) } else { self.adopt(found).map(Some) }
     }
 

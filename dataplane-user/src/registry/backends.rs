@@ -410,7 +410,7 @@ impl Registry {
             .reduce(|a, b| a || b)
     }
 
-    fn ends(&self, object: &Object) -> bool {
+    pub(super) fn ends(&self, object: &Object) -> bool {
         object.terminating || (object.pod != NONE && self.pods[object.pod].terminating)
     }
 

@@ -2,11 +2,14 @@
 
 use std::{path::PathBuf, sync::Arc};
 
-use dataplane_ebpf::abi::{POD_ENROLLED, POD_GATEWAY, POD_HOST, POD_MESH};
+use dataplane_ebpf::{
+    abi::{POD_ENROLLED, POD_GATEWAY, POD_HOST, POD_MESH},
+    health::Input,
+};
 
 use super::{
     Index, NONE, Registry,
-    backends::ObjectKey,
+    backends::{Object, ObjectKey},
     change::{Change, Enrollment, Netns, PodId},
     hash::hash_of,
     problem::{Name, stop_signals},
@@ -79,6 +82,19 @@ impl Registry {
         }
         if local.is_some() && local != old {
             self.enroll(index);
+        }
+    }
+
+    /// The most urgent of what follows from a pod's end, before its declaration says so: the health of its backends.
+    pub fn pod_ends(&self, name: &str, out: &mut Vec<Change>) {
+        let Some(index) = self.pod_at(name).filter(|_| self.boot.is_none()) else { return };
+        for (port, key) in self.pods[index].objects.iter() {
+            let Some(object) = self.ports[*port].objects.get(key) else { continue };
+            let Some(backend) = self.backends.get(object.backend) else { continue };
+            let ending = |object: &Object| object.pod == index || self.ends(object);
+            let serving = self.objects_of(object.backend).any(|(.., object)| ending(object) && object.serving);
+            let (id, generation) = (object.backend, backend.value.generation);
+            out.push(Change::Health { id, generation, input: Input::Terminating { serving } });
         }
     }
 

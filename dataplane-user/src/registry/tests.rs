@@ -272,6 +272,7 @@ impl Node {
 
     /// The urgent changes, which are also written; then the rest.
     fn apply(&mut self, event: Event) -> (Vec<Change>, Vec<Problem>) {
+        self.foretell(&event);
         let mut urgent = Vec::new();
         let mut problems = self.registry.apply(event, &mut urgent);
         self.kernel.write(&urgent);
@@ -279,6 +280,17 @@ impl Node {
         problems.extend(self.registry.settle(&mut rest));
         self.kernel.write(&rest);
         (urgent, problems)
+    }
+
+    /// A pod's end is told twice: what comes early is what the event itself will say.
+    fn foretell(&mut self, event: &Event) {
+        let Event::Upsert { object: Object::Pod(pod) } = event else { return };
+        let mut early = Vec::new();
+        if pod.terminating {
+            self.registry.pod_ends(&pod.name, &mut early);
+        }
+        assert!(early.iter().all(|change| matches!(change, Change::Health { input: Input::Terminating { .. }, .. })));
+        self.kernel.write(&early);
     }
 
     fn canonical(&self) -> Canonical {
@@ -541,8 +553,11 @@ fn a_terminating_pod_is_marked_before_its_slot_moves() {
         service_account: None,
         terminating: true,
     };
+    let mut early = Vec::new();
+    node.registry.pod_ends(&pod.name, &mut early);
     let (changes, _) = node.apply(upsert(Object::Pod(pod.clone())));
     assert!(matches!(changes[0], Change::Health { input: Input::Terminating { serving: true }, .. }));
+    assert_eq!(format!("{early:?}"), format!("{:?}", &changes[..1]), "what is told early is the first of what follows");
     assert!(changes.len() <= 4, "{changes:?}");
     let service = node.kernel.services.values().next().unwrap();
     assert_eq!((service.ready, service.terminating), (499, 1));

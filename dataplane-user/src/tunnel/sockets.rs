@@ -10,16 +10,15 @@ use std::{
 };
 
 use nix::{
+    errno::Errno,
+    poll::{PollFd, PollFlags, PollTimeout, poll},
     sched::{CloneFlags, setns},
     sys::socket::{
-        AddressFamily, Backlog, SockFlag, SockType, SockaddrStorage, bind, getsockname, listen as start_listening,
-        setsockopt, socket, sockopt,
+        AddressFamily, Backlog, SockFlag, SockType, SockaddrStorage, bind, connect as start_connecting, getsockname,
+        listen as start_listening, setsockopt, socket, sockopt,
     },
 };
-use tokio::{
-    net::{TcpSocket, TcpStream},
-    time::timeout,
-};
+use tokio::{net::TcpStream, time::timeout};
 
 use super::{LocalPod, Shared};
 
@@ -164,9 +163,23 @@ async fn connect_from(
         setsockopt(&socket, sockopt::ReuseAddr, &true)?;
         bind(socket.as_raw_fd(), &SockaddrStorage::from(SocketAddr::new(to.ip(), port)))?;
     }
-    let socket = TcpSocket::from_std_stream(std::net::TcpStream::from(socket));
-    socket.set_nodelay(true)?;
-    socket.connect(to).await
+    setsockopt(&socket, sockopt::TcpNoDelay, &true)?;
+    let under_way = match start_connecting(socket.as_raw_fd(), &SockaddrStorage::from(to)) {
+        Ok(()) => false,
+        // To an application of this node it is done by now, or refused: then nothing has to be waited for.
+        Err(Errno::EINPROGRESS) => {
+            poll(&mut [PollFd::new(socket.as_fd(), PollFlags::POLLOUT)], PollTimeout::ZERO)? == 0
+        }
+        Err(error) => return Err(error.into()),
+    };
+    let socket = TcpStream::from_std(std::net::TcpStream::from(socket))?;
+    if under_way {
+        socket.writable().await?;
+    }
+    match socket.take_error()? {
+        None => Ok(socket),
+        Some(error) => Err(error),
+    }
 }
 
 /// [`connect`], and no longer than that.

@@ -13,11 +13,12 @@ use std::{
 
 use tokio::{
     net::{TcpListener, TcpStream},
+    runtime::LocalOptions,
     sync::{
         mpsc::{UnboundedReceiver, UnboundedSender, unbounded_channel},
         oneshot,
     },
-    task::{JoinHandle, LocalSet, spawn_local},
+    task::{JoinHandle, spawn_local},
 };
 use tracing::{debug, warn};
 
@@ -68,12 +69,23 @@ pub struct Worker {
 impl Worker {
     pub fn start(number: usize, shared: Arc<Shared>) -> io::Result<UnboundedSender<Order>> {
         let (sender, orders) = unbounded_channel();
-        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
+        // A local runtime stays on the thread that made it.
+        let (made, making) = std::sync::mpsc::sync_channel(1);
         let run = move || {
-            let worker = Rc::new(Self::new(number, shared));
-            runtime.block_on(LocalSet::new().run_until(worker.serve(orders)));
+            let runtime =
+                tokio::runtime::Builder::new_current_thread().enable_all().build_local(LocalOptions::default());
+            let (runtime, result) = match runtime {
+                Ok(runtime) => (Some(runtime), Ok(())),
+                Err(error) => (None, Err(error)),
+            };
+            // Whoever starts it waits for this.
+            let _ = made.send(result);
+            if let Some(runtime) = runtime {
+                runtime.block_on(Rc::new(Self::new(number, shared)).serve(orders));
+            }
         };
         std::thread::Builder::new().name(format!("tunnel-{number}")).spawn(run)?;
+        making.recv().unwrap_or_else(|_| Err(io::Error::other("its thread ended at once")))?;
         Ok(sender)
     }
 

@@ -144,7 +144,7 @@ fn has_rule(node: &Node, rule: &str) -> Result<bool> {
     Ok(rules.lines().any(|line| line.starts_with("-A KUBE-SVC-") && line.contains(rule)))
 }
 
-fn hear(told: &Told, word: &Word<EndpointSlice>, at_ns: u64) {
+fn hear(told: &Told, word: &Word<'_, EndpointSlice>, at_ns: u64) {
     let slices: Vec<_> = match word {
         Word::Changed(slice) => vec![slice],
         Word::Page(page) => page.iter().flatten().collect(),

@@ -4,6 +4,7 @@
 //! the cluster's. Everything runs on the agent's thread, from the socket to the map.
 
 pub mod cri;
+mod ending;
 pub mod find;
 pub mod names;
 pub mod object;
@@ -178,7 +179,7 @@ impl Source {
     fn hear<T: Object>(
         &self,
         collection: &'static str,
-        word: Word<T>,
+        word: Word<'_, T>,
         at_ns: u64,
         take: impl Fn(&mut World, &T),
         gone: impl Fn(&mut World, &str),
@@ -189,6 +190,14 @@ impl Source {
         {
             let mut world = self.world.borrow_mut();
             match word {
+                Word::Ends(pod) => {
+                    if self.live.get()
+                        && let Some(name) = world.living(&pod)
+                    {
+                        self.core.borrow_mut().ends(&name);
+                    }
+                    return;
+                }
                 Word::Changed(object) => {
                     self.core.borrow_mut().mended(|| format!("{} {}", T::KIND, object.meta().full_name()));
                     take(&mut world, &object);

@@ -14,6 +14,9 @@ pub trait Object: for<'de> Deserialize<'de> + Send + 'static {
     /// Of the collection, without a leading slash.
     const PATH: &'static str;
 
+    /// What its end means cannot wait until all of it is read.
+    const ENDS: bool = false;
+
     /// What is read of its labels.
     type Labels;
 
@@ -86,12 +89,13 @@ fn or_default<'de, D: Deserializer<'de>, T: Deserialize<'de> + Default>(deserial
 
 macro_rules! object {
     ($ty:ident, $kind:literal, $path:literal) => {
-        object!($ty, $kind, $path, Labels);
+        object!($ty, $kind, $path, Labels, false);
     };
-    ($ty:ident, $kind:literal, $path:literal, $labels:ty) => {
+    ($ty:ident, $kind:literal, $path:literal, $labels:ty, $ends:literal) => {
         impl Object for $ty {
             const KIND: &'static str = $kind;
             const PATH: &'static str = $path;
+            const ENDS: bool = $ends;
             type Labels = $labels;
 
             fn meta(&self) -> &Meta<$labels> {
@@ -101,8 +105,8 @@ macro_rules! object {
     };
 }
 
-object!(Pod, "pod", "api/v1/pods", AllLabels);
-object!(OtherPod, "pod", "api/v1/pods");
+object!(Pod, "pod", "api/v1/pods", AllLabels, true);
+object!(OtherPod, "pod", "api/v1/pods", Labels, true);
 object!(Service, "service", "api/v1/services");
 object!(Namespace, "namespace", "api/v1/namespaces");
 object!(Node, "node", "api/v1/nodes");

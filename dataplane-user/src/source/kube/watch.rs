@@ -23,6 +23,7 @@ use serde_json::value::RawValue;
 use tokio::{sync::oneshot, task::JoinError};
 
 use super::{
+    ending::{Ending, ending},
     names::Names,
     object::{Meta, Object},
 };
@@ -45,7 +46,9 @@ const PAUSE: [Duration; 2] = [Duration::from_millis(100), Duration::from_secs(5)
 
 /// What is heard of a collection.
 #[derive(Debug)]
-pub enum Word<T> {
+pub enum Word<'a, T> {
+    /// What the word says that comes next, early.
+    Ends(Ending<'a>),
     /// Some of what there is.
     Page(Vec<Result<T, Malformed>>),
     /// All there is was told by pages; these are its names. Malformed objects are there too: their last good state
@@ -79,7 +82,7 @@ pub struct Failure {
 
 /// Lists and follows; `fields` selects (`spec.nodeName=a`), empty for all. `tell` gets each word with the
 /// `CLOCK_MONOTONIC` time at which its last byte was read.
-pub async fn follow<T: Object>(client: Client, fields: String, mut tell: impl FnMut(Word<T>, u64)) {
+pub async fn follow<T: Object>(client: Client, fields: String, mut tell: impl FnMut(Word<'_, T>, u64)) {
     let mut pause = Pause::default();
     loop {
         let from = match list::<T>(&client, &fields, &mut tell).await {
@@ -153,7 +156,7 @@ struct ListMeta {
 async fn list<T: Object>(
     client: &Client,
     fields: &str,
-    tell: &mut impl FnMut(Word<T>, u64),
+    tell: &mut impl FnMut(Word<'_, T>, u64),
 ) -> Result<(Names, String), Error> {
     let mut params = ListParams::default().limit(PAGE);
     if !fields.is_empty() {
@@ -231,7 +234,7 @@ async fn watch<T: Object>(
     fields: &str,
     from: &mut String,
     pause: &mut Pause,
-    tell: &mut impl FnMut(Word<T>, u64),
+    tell: &mut impl FnMut(Word<'_, T>, u64),
 ) -> Result<(), Error> {
     let jitter = (std::hash::RandomState::new().hash_one(1) % 30) as u32;
     let mut params = WatchParams::default().timeout(WATCH_SECONDS - jitter);
@@ -254,6 +257,11 @@ async fn watch<T: Object>(
             return Ok(());
         }
         pause.reset();
+        if T::ENDS
+            && let Some(pod) = ending(&line)
+        {
+            tell(Word::Ends(pod), read_ns);
+        }
         if let Some(word) = parse_line::<T>(&line, from)? {
             tell(word, read_ns);
         }
@@ -261,7 +269,7 @@ async fn watch<T: Object>(
 }
 
 /// Takes the line's resourceVersion over. None: an empty line.
-fn parse_line<T: Object>(line: &[u8], from: &mut String) -> Result<Option<Word<T>>, Error> {
+fn parse_line<T: Object>(line: &[u8], from: &mut String) -> Result<Option<Word<'static, T>>, Error> {
     let Line { kind, object } = match serde_json::from_slice::<Line<T>>(line) {
         Ok(parsed) => parsed,
         Err(_) if line.iter().all(u8::is_ascii_whitespace) => return Ok(None),
@@ -278,7 +286,11 @@ fn parse_line<T: Object>(line: &[u8], from: &mut String) -> Result<Option<Word<T
     }))
 }
 
-fn parse_bad_line<T: Object>(line: &[u8], from: &mut String, error: serde_json::Error) -> Result<Word<T>, Error> {
+fn parse_bad_line<T: Object>(
+    line: &[u8],
+    from: &mut String,
+    error: serde_json::Error,
+) -> Result<Word<'static, T>, Error> {
     #[derive(Deserialize)]
     struct Named {
         metadata: Meta,
@@ -390,7 +402,7 @@ impl fmt::Display for Causes<'_> {
 mod tests {
     use super::{super::object::Pod, *};
 
-    fn line(text: &str) -> (Result<Option<Word<Pod>>, Error>, String) {
+    fn line(text: &str) -> (Result<Option<Word<'static, Pod>>, Error>, String) {
         let mut from = "7".to_owned();
         let word = parse_line(text.as_bytes(), &mut from);
         (word, from)

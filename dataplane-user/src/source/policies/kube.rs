@@ -96,7 +96,7 @@ impl Collection {
         Self { kind, enforcement, pages: Vec::new(), listed: false, failure: None }
     }
 
-    fn hear<T: Object + AsRef<Value>>(&mut self, word: Word<T>) {
+    fn hear<T: Object + AsRef<Value>>(&mut self, word: Word<'_, T>) {
         match word {
             Word::Page(objects) => {
                 for object in &objects {
@@ -123,7 +123,8 @@ impl Collection {
                 let key = Key { kind: self.kind, name: object.meta().full_name() };
                 change(&self.enforcement, Origin::Kube, |policies| policies.delete(Origin::Kube, &key));
             }
-            Word::Confirmed => {}
+            // `Ends` is of pods only.
+            Word::Confirmed | Word::Ends(_) => {}
             Word::Failed(failure) => return self.failed(failure),
         }
         if self.failure.take().is_some() {

@@ -11,6 +11,7 @@ use crate::{
     model::{self, Event, Key},
     registry::problem::stop_signals,
     source::kube::{
+        ending::Ending,
         find::Process,
         object::{self, Object as _},
     },
@@ -152,6 +153,13 @@ impl World {
             Box::new(More::Member(Member { mode, account, addresses }))
         });
         self.put_pod(name, Pod { uid, ends, scope: Scope::Others, more });
+    }
+
+    /// The pod's name, if this is the life of it that is known, and its end is not.
+    pub fn living(&self, pod: &Ending<'_>) -> Option<Name> {
+        let (name, known) = self.pods.get_key_value(format!("{}/{}", pod.namespace, pod.name).as_str())?;
+        let lives = known.pod.as_ref().is_some_and(|known| !known.ends && known.uid == Uid::of(pod.uid));
+        lives.then(|| name.clone())
     }
 
     /// Who a pod is. A name's next life, such as a StatefulSet's, is another pod: the former one's end was not heard of.

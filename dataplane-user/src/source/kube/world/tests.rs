@@ -3,7 +3,10 @@ use std::collections::BTreeMap;
 use proptest::prelude::*;
 
 use super::*;
-use crate::{model::Backend, source::kube::find::Process};
+use crate::{
+    model::Backend,
+    source::kube::{ending::Ending, find::Process},
+};
 
 const NODE: &str = "node-1";
 
@@ -373,6 +376,19 @@ fn a_deletion_timestamp_is_one_event_and_comes_before_any_slice() {
         matches!(&events[..], [Event::Upsert { object: Object::Pod(pod) }] if &*pod.name == "shop/a" && pod.terminating),
         "{events:?}"
     );
+}
+
+#[test]
+fn an_end_that_is_told_early_is_of_the_life_that_is_known() {
+    let mut world = web(&[("a", 1)]);
+    fn living(world: &World, name: &str, uid: u8) -> Option<Name> {
+        world.living(&Ending { namespace: "shop", name, uid: &format!("{uid:032x}") })
+    }
+    assert_eq!(living(&world, "a", 1).as_deref(), Some("shop/a"));
+    assert_eq!(living(&world, "a", 2), None, "another life of the name");
+    assert_eq!(living(&world, "b", 1), None);
+    put(&mut world, &pod("a", 1, false, "", "deleted"), Scope::Others);
+    assert_eq!(living(&world, "a", 1), None, "it is known");
 }
 
 #[test]
