@@ -104,7 +104,6 @@ fn certificates_are_istiods(scene: &Scene, root: &IstioPlaces) -> Result<()> {
             assert!(openssl(&["verify", "-x509_strict", "-CAfile", &ca])?.contains("OK"));
             let text = openssl(&["x509", "-noout", "-text", "-in"])?;
             assert!(text.contains(&format!("URI:{identity}\n")) && text.contains("O = cluster.local"), "{text}");
-            eprintln!("node-{}: {text}", agent.node);
         }
     }
     Ok(())
@@ -134,6 +133,7 @@ fn refusals_name_the_remedy(scene: &Scene, istio: &Istio, places: &BTreeMap<usiz
     assert_eq!(ask(scene, istio, &places[&2], VAULT)?, Ok(()));
     let not_here = "does a pod of that identity run here?";
     refused(&places[&1], VAULT, not_here)?;
+    assert!(istio.said(&format!("impersonation failed for identity {}, error: no instances of", id(VAULT)))?);
     refused(&places[&2], "nobody", not_here)?;
     let stranger = with(istio::token(&scene.cluster, NAMESPACE, VAULT, VAULT, AUDIENCE)?)?;
     refused(&stranger, WEB, "CA_TRUSTED_NODE_ACCOUNTS")?;
@@ -170,9 +170,10 @@ fn istioctl_reads_the_dumps(scene: &Scene, istio: &Istio, client: &str) -> Resul
     let all = ctl("all", &file, &["--with-headers"])?;
     eprintln!("{all}");
     for server in scene.servers()? {
-        let address = server.address.to_string();
         // Where pods of other nodes run an agent need not know.
         let place: &[&str] = if server.node == 1 { &["node-1", "None", "HBONE"] } else { &["None", "HBONE"] };
+        let address = scene.kubectl(&["get", "pod", &server.name, "-o", "jsonpath={.status.podIPs[*].ip}"])?;
+        let address = address.replace(' ', ",");
         let row = [&[NAMESPACE, &server.name, &address], place].concat();
         has(&ctl("workload", &file, &["--workload-namespace", NAMESPACE])?, &row);
         has(&all, &row);
@@ -243,6 +244,8 @@ fn an_absence(scene: &Scene, istio: &mut Istio) -> Result<()> {
 fn istiod_signs_for_each_nodes_pods_and_nothing_is_lost_while_it_rotates_refuses_and_is_gone() -> Result<()> {
     let (scene, mut istio, places) = scene()?;
     certificates_are_istiods(&scene, &places[&1])?;
+    // The day that agents ask for is more than it gives.
+    assert!(istio.said("is greater than the max allowed TTL")?, "{}", istio.log());
     let first = certificate(&scene.agents[0], WEB)?;
     let url = format!("http://{}{SLOW}", scene.vip);
     let load = scene.ask("load", &url, Amount::Rate { qps: 20, clients: CLIENTS })?;

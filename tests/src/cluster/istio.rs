@@ -100,6 +100,12 @@ impl Istio {
         self.istiod.as_ref().map_or_else(String::new, Process::log)
     }
 
+    /// It has logged this, since it was started last.
+    pub fn said(&self, words: &str) -> Result<bool> {
+        let istiod = self.istiod.as_ref().context("istiod is not running")?;
+        Ok(fs::read_to_string(istiod.log_path())?.contains(words))
+    }
+
     /// Where it signs.
     pub fn address(&self) -> String {
         format!("https://{}:{PORT}", self.address)
