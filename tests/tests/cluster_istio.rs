@@ -1,6 +1,6 @@
 //! Istio's own parts: a real istiod signs for the pods of each node, and a real istioctl reads what the agents print.
 
-use std::{collections::BTreeMap, fs, time::Duration};
+use std::{collections::BTreeMap, fs, path::Path, time::Duration};
 
 use anyhow::{Context, Result};
 use dataplane_user::identity::{
@@ -89,21 +89,27 @@ fn scene() -> Result<(Scene, Istio, BTreeMap<usize, IstioPlaces>)> {
     Ok((scene, istio, places))
 }
 
-/// What the agents hold is istiod's, by the word of openssl, and for the accounts of their own pods alone.
-fn certificates_are_istiods(scene: &Scene, root: &IstioPlaces) -> Result<()> {
+/// What the agents hold leads to this root, by the word of openssl, and is for the accounts of their own pods alone.
+fn certificates_lead_to(scene: &Scene, root: &Path) -> Result<()> {
     for (agent, accounts) in scene.agents.iter().zip([vec![WEB], vec![WEB, VAULT]]) {
         let dump = agent.admin(&["config", "dump", "--ztunnel"])?;
         let held = dump["certificates"].as_array().context("no certificates in the dump")?;
         let wanted: Vec<_> = accounts.iter().map(|account| id(account).to_string()).collect();
         assert_eq!(held.iter().map(|one| one["identity"].as_str().unwrap_or_default()).collect::<Vec<_>>(), wanted);
         for (one, identity) in held.iter().zip(&wanted) {
-            let leaf: ByteString = serde_json::from_value(one["certChain"][0]["pem"].clone())?;
-            let (file, ca) = (scene.cluster.dir().join("leaf.pem"), root.root.display().to_string());
-            fs::write(&file, leaf.0)?;
+            let mut chain = Vec::new();
+            for certificate in one["certChain"].as_array().context("no chain in the dump")? {
+                let pem: ByteString = serde_json::from_value(certificate["pem"].clone())?;
+                chain.extend(pem.0);
+            }
+            // The first one is what is verified; all are intermediates that may be used for it.
+            let file = scene.cluster.dir().join("chain.pem");
+            fs::write(&file, chain)?;
+            let (ca, intermediates) = (root.display().to_string(), file.display().to_string());
             let openssl = |args: &[&str]| parts::output(std::process::Command::new("openssl").args(args).arg(&file));
-            assert!(openssl(&["verify", "-x509_strict", "-CAfile", &ca])?.contains("OK"));
+            assert!(openssl(&["verify", "-x509_strict", "-CAfile", &ca, "-untrusted", &intermediates])?.contains("OK"));
             let text = openssl(&["x509", "-noout", "-text", "-in"])?;
-            assert!(text.contains(&format!("URI:{identity}\n")) && text.contains("O = cluster.local"), "{text}");
+            assert!(text.contains(&format!("URI:{identity}\n")), "{text}");
         }
     }
     Ok(())
@@ -240,10 +246,31 @@ fn an_absence(scene: &Scene, istio: &mut Istio) -> Result<()> {
     Ok(())
 }
 
+/// As Istio's documentation has it: first everybody is told the new root too, then an authority under it signs.
+fn another_root(scene: &Scene, istio: &mut Istio, places: &IstioPlaces) -> Result<()> {
+    let (old, new) = (istio.own_authority(&scene.cluster)?, istio.new_authority(&scene.cluster)?);
+    let root = new.chain.strip_prefix(&*new.certificate).context("a chain begins with its certificate")?;
+    let roots = format!("{}{root}", old.certificate);
+    let held = [(&scene.agents[0], WEB), (&scene.agents[1], WEB), (&scene.agents[1], VAULT)];
+    for authority in [&old, &new] {
+        let serial = |(agent, account)| Ok(certificate(agent, account)?["serial"].clone());
+        let before: Vec<_> = held.into_iter().map(serial).collect::<Result<_>>()?;
+        istio.plug(&scene.cluster, authority, &roots)?;
+        istio.project_root(&scene.cluster, places, root.trim())?;
+        for ((agent, account), before) in held.into_iter().zip(&before) {
+            let row = until(agent, account, "the authority signs", |row| row["serial"] != *before)?;
+            assert_eq!((&row["roots"], &row["state"]), (&2.into(), &"valid".into()), "{row}");
+        }
+    }
+    let file = scene.cluster.dir().join("new-root.pem");
+    fs::write(&file, root)?;
+    certificates_lead_to(scene, &file)
+}
+
 #[test]
 fn istiod_signs_for_each_nodes_pods_and_nothing_is_lost_while_it_rotates_refuses_and_is_gone() -> Result<()> {
     let (scene, mut istio, places) = scene()?;
-    certificates_are_istiods(&scene, &places[&1])?;
+    certificates_lead_to(&scene, &places[&1].root)?;
     // The day that agents ask for is more than it gives.
     assert!(istio.said("is greater than the max allowed TTL")?, "{}", istio.log());
     let first = certificate(&scene.agents[0], WEB)?;
@@ -254,6 +281,7 @@ fn istiod_signs_for_each_nodes_pods_and_nothing_is_lost_while_it_rotates_refuses
     until(&scene.agents[0], WEB, "it is renewed at half of its life", |row| row["serial"] != first["serial"])?;
     another_nodes_token(&scene, &istio, &places)?;
     an_absence(&scene, &mut istio)?;
+    another_root(&scene, &mut istio, &places[&1])?;
     let took = load.elapsed();
     let outcome: Outcome = load.stop(&scene.cluster)?;
     let [tunnelled, failed, plaintext] =

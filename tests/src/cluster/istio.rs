@@ -4,6 +4,7 @@ use std::{fs, net::IpAddr, path::PathBuf, process::Command, time::Duration};
 
 use anyhow::{Context, Result, bail};
 use dataplane_user::identity::istio::IstioPlaces;
+use k8s_openapi::ByteString;
 
 use super::{Cluster, node::PAUSE, parts, trouble::wait_for};
 use crate::lab::Process;
@@ -24,7 +25,17 @@ pub struct Istio {
     address: IpAddr,
     /// Of the certificates that it gives, and the longest that it gives.
     life: Duration,
+    /// Where its authority is, when it was given one.
+    plugged: Option<PathBuf>,
     istiod: Option<Process>,
+}
+
+/// An authority as Istio's Secret `cacerts` holds it, each in PEM.
+pub struct Authority {
+    pub certificate: String,
+    pub key: String,
+    /// From the certificate to its root.
+    pub chain: String,
 }
 
 impl Istio {
@@ -48,7 +59,7 @@ impl Istio {
             );
         }
         cluster.apply(&yaml)?;
-        let mut istio = Self { parts, address: cluster.control.address, life, istiod: None };
+        let mut istio = Self { parts, address: cluster.control.address, life, plugged: None, istiod: None };
         istio.start(cluster)?;
         Ok(istio)
     }
@@ -74,6 +85,7 @@ impl Istio {
         ];
         let mut args = vec!["env".to_owned()];
         args.extend(env.iter().map(|(key, value)| format!("{key}={value}")));
+        args.extend(self.plugged.iter().map(|directory| format!("ROOT_CA_DIR={}", directory.display())));
         args.extend([self.program(), "istiod".into(), "discovery".into()]);
         // The role that Istio's chart gives it is not tried here.
         args.push(format!("--kubeconfig={}", cluster.control.site.file("controllers.kubeconfig").display()));
@@ -96,6 +108,56 @@ impl Istio {
         Ok(())
     }
 
+    /// The authority that it made for itself.
+    pub fn own_authority(&self, cluster: &Cluster) -> Result<Authority> {
+        let secret = cluster.get(&["-n", "istio-system", "secret", "istio-ca-secret"])?;
+        let read = |key: &str| -> Result<String> {
+            let bytes: ByteString = serde_json::from_value(secret["data"][key].clone())?;
+            Ok(String::from_utf8(bytes.0)?)
+        };
+        let certificate = read("ca-cert.pem")?;
+        Ok(Authority { chain: certificate.clone(), certificate, key: read("ca-key.pem")? })
+    }
+
+    /// An intermediate one under a root of its own, as organisations give their meshes.
+    pub fn new_authority(&self, cluster: &Cluster) -> Result<Authority> {
+        let directory = cluster.dir().join("authority");
+        fs::create_dir_all(&directory)?;
+        let openssl = |args: &str| parts::run(Command::new("openssl").args(args.split(' ')).current_dir(&directory));
+        let key = "-newkey ec -pkeyopt ec_paramgen_curve:prime256v1 -nodes";
+        let usage = "-addext keyUsage=critical,keyCertSign,cRLSign";
+        openssl(&format!("req -x509 {key} {usage} -keyout root.key -out root.pem -days 30 -subj /O=org/CN=root"))?;
+        openssl(&format!("req {key} -keyout ca.key -out ca.csr -subj /O=org/CN=mesh"))?;
+        let extensions =
+            "basicConstraints=critical,CA:TRUE,pathlen:0\nkeyUsage=critical,keyCertSign,digitalSignature\n";
+        fs::write(directory.join("extensions"), extensions)?;
+        openssl(
+            "x509 -req -in ca.csr -CA root.pem -CAkey root.key -CAcreateserial -out ca.pem -days 20 -extfile extensions",
+        )?;
+        let read = |name: &str| fs::read_to_string(directory.join(name));
+        let certificate = read("ca.pem")?;
+        Ok(Authority { chain: certificate.clone() + &read("root.pem")?, certificate, key: read("ca.key")? })
+    }
+
+    /// It signs with another authority, or names other roots.
+    pub fn plug(&mut self, cluster: &Cluster, authority: &Authority, roots: &str) -> Result<()> {
+        let directory = cluster.dir().join("cacerts");
+        fs::create_dir_all(&directory)?;
+        let Authority { certificate, key, chain } = authority;
+        let files = [
+            ("ca-cert.pem", certificate),
+            ("ca-key.pem", key),
+            ("cert-chain.pem", chain),
+            ("root-cert.pem", &roots.into()),
+        ];
+        for (name, content) in files {
+            fs::write(directory.join(name), content)?;
+        }
+        self.plugged = Some(directory);
+        self.stop()?;
+        self.start(cluster)
+    }
+
     pub fn log(&self) -> String {
         self.istiod.as_ref().map_or_else(String::new, Process::log)
     }
@@ -113,18 +175,23 @@ impl Istio {
 
     /// The root as a namespace's pods are given it, and a token of the node's agent.
     pub fn places(&self, cluster: &Cluster, node: &str) -> Result<IstioPlaces> {
-        let root = wait_for("istiod's root is in the namespace", || {
-            let at = ["-n", AGENTS, "get", "configmap", "istio-ca-root-cert", "-o", r"jsonpath={.data.root-cert\.pem}"];
-            Ok(cluster.kubectl(&at).ok().filter(|pem| !pem.is_empty()))
-        })?;
         let places = IstioPlaces {
             root: cluster.dir().join("istio-root.pem"),
             token: cluster.dir().join(format!("{node}.istio-token")),
             cluster_id: CLUSTER_ID.into(),
         };
-        fs::write(&places.root, root)?;
+        self.project_root(cluster, &places, "BEGIN CERTIFICATE")?;
         fs::write(&places.token, self.agent_token(cluster, node, AUDIENCE)?)?;
         Ok(places)
+    }
+
+    /// As the kubelet does, once istiod has written a root with this in it.
+    pub fn project_root(&self, cluster: &Cluster, places: &IstioPlaces, with: &str) -> Result<()> {
+        let root = wait_for("istiod's root is in the namespace", || {
+            let at = ["-n", AGENTS, "get", "configmap", "istio-ca-root-cert", "-o", r"jsonpath={.data.root-cert\.pem}"];
+            Ok(cluster.kubectl(&at).ok().filter(|pem| pem.contains(with)))
+        })?;
+        Ok(fs::write(&places.root, root)?)
     }
 
     /// As the kubelet would project it into the agent's pod on a node.
