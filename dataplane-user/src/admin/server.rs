@@ -169,8 +169,10 @@ impl Admin for Service {
 
     async fn dump_mesh(&self, _: Request<DumpMeshRequest>) -> Answer<Self::DumpMeshStream> {
         let mesh = self.mesh().await?.shared;
+        let carried = mesh.carried().await;
         // Certificates are read again for it.
-        let objects = tokio::task::spawn_blocking(move || ztunnel::dump(&mesh)).await.map_err(|_| stopping())?;
+        let objects =
+            tokio::task::spawn_blocking(move || ztunnel::dump(&mesh, &carried)).await.map_err(|_| stopping())?;
         Ok(Response::new(Box::pin(stream::iter(objects).map(Ok))))
     }
 

@@ -1,6 +1,8 @@
 //! The mesh in the shape of ztunnel's `/config_dump`, as tools such as `istioctl ztunnel-config` read it: keys and words are
 //! Istio's, the rest is what this agent knows. No private key is in it.
 
+use std::sync::Arc;
+
 use k8s_openapi::ByteString;
 use pem::{EncodeConfig, LineEnding, Pem};
 use rustls_pki_types::CertificateDer;
@@ -9,33 +11,41 @@ use x509_parser::prelude::{FromDer as _, X509Certificate};
 
 use super::protocol::MeshObject;
 use crate::{
-    identity::{Credential, SpiffeId, istio::CLUSTER},
+    identity::{Credential, SpiffeId},
     mesh::Workload,
     model::short_name,
     policy::{Action, Authorization, Match, Policies, Rule, Scope, StringMatch},
-    tunnel::{Shared, traffic::workload_of},
+    tunnel::{
+        Access, Shared,
+        carried::Carried,
+        host_of,
+        traffic::{Reporter, workload_of},
+    },
 };
 
-/// Its lists but for the services, which the mesh does not hold.
-pub fn dump(shared: &Shared) -> Vec<MeshObject> {
+/// Its lists but for the services, which the mesh does not hold. `carried`: the connections that are carried now.
+pub fn dump(shared: &Shared, carried: &[Carried]) -> Vec<MeshObject> {
     let object = |list: &str, value: Value| MeshObject { list: list.into(), json: value.to_string() };
     let workloads = shared.view.all();
+    let here = workloads.values().filter(|one| one.pod != 0);
+    let states = here.map(|one| object("workloadState", workload_state(one, carried, &shared.cluster)));
+    let states: Vec<_> = states.collect();
     let policies = shared.policies.read(Policies::authorizations);
     let held = shared.store.held();
-    let workloads = workloads.values().map(|one| object("workloads", workload(one)));
+    let workloads = workloads.values().map(|one| object("workloads", workload(one, &shared.cluster)));
     let policies = policies.iter().map(|one| object("policies", policy(&one.source)));
     let certificates = held
         .iter()
         .map(|(id, held, error)| object("certificates", certificates(id, held.as_deref(), error.as_deref())));
-    workloads.chain(policies).chain(certificates).collect()
+    workloads.chain(policies).chain(certificates).chain(states).collect()
 }
 
 /// How Istio names a pod.
-pub fn uid(name: &str) -> String {
-    format!("{CLUSTER}//Pod/{name}")
+pub fn uid(cluster: &str, name: &str) -> String {
+    format!("{cluster}//Pod/{name}")
 }
 
-fn workload(workload: &Workload) -> Value {
+fn workload(workload: &Workload, cluster: &str) -> Value {
     let name = short_name(&workload.name);
     let labels = workload.selected_by.as_ref().map(|selected_by| &selected_by.labels);
     let label = |names: &[&str]| labels.and_then(|labels| names.iter().find_map(|name| labels.get(*name)));
@@ -44,7 +54,7 @@ fn workload(workload: &Workload) -> Value {
     let revision = label(&["service.istio.io/canonical-revision", "app.kubernetes.io/version", "version"]);
     let attached = workload.selected_by.as_ref().map(|selected_by| &selected_by.policies[..]).unwrap_or_default();
     json!({
-        "uid": uid(&workload.name),
+        "uid": uid(cluster, &workload.name),
         "workloadIps": workload.addresses,
         "protocol": "HBONE",
         "name": name,
@@ -55,7 +65,7 @@ fn workload(workload: &Workload) -> Value {
         "workloadType": "pod",
         "canonicalName": canonical.map_or(of, |name| name),
         "canonicalRevision": revision.map_or("latest", |revision| revision),
-        "clusterId": CLUSTER,
+        "clusterId": cluster,
         // Of a pod of this node it is filled in by whoever knows the node's name.
         "node": "",
         "local": workload.pod != 0,
@@ -63,6 +73,44 @@ fn workload(workload: &Workload) -> Value {
         "status": "Healthy",
         "authorizationPolicies": attached,
     })
+}
+
+/// A pod here with what is carried for it; ztunnel has these by another name of the pod, and tools by none.
+fn workload_state(workload: &Workload, carried: &[Carried], cluster: &str) -> Value {
+    let is = |end: &Option<Arc<Workload>>| end.as_ref().is_some_and(|end| end.name == workload.name);
+    let of = |reporter: Reporter| -> Vec<Value> {
+        let own = carried.iter().map(|row| &row.access).filter(|access| {
+            let end = match reporter {
+                Reporter::Source => &access.source_workload,
+                Reporter::Destination => &access.destination_workload,
+            };
+            access.reporter == reporter && is(end)
+        });
+        own.map(connection).collect()
+    };
+    json!({
+        "uid": uid(cluster, &workload.name),
+        "state": "Up",
+        "connections": { "inbound": of(Reporter::Destination), "outbound": of(Reporter::Source) },
+        "info": {
+            "name": short_name(&workload.name),
+            "namespace": workload.namespace(),
+            "trustDomain": workload.identity.trust_domain(),
+            "serviceAccount": workload.identity.service_account(),
+        },
+    })
+}
+
+/// Out of a pod: what it asked for, and the peer that it was led to. Into one: the application's address.
+fn connection(access: &Access) -> Value {
+    let protocol = if access.hbone.is_some() { "HBONE" } else { "TCP" };
+    let (original, actual) = match access.reporter {
+        Reporter::Source => (json!(access.asked), access.destination),
+        Reporter::Destination => {
+            (json!(access.service.as_deref().map(host_of)), access.hbone.unwrap_or(access.destination))
+        }
+    };
+    json!({ "src": access.source, "originalDst": original, "actualDst": actual, "protocol": protocol })
 }
 
 fn policy(policy: &Authorization) -> Value {
@@ -165,8 +213,6 @@ fn moment(seconds: i64) -> String {
 
 #[cfg(test)]
 mod tests {
-    use std::sync::Arc;
-
     use super::*;
     use crate::{identity::pem as pem_files, policy::Clause};
 
@@ -179,11 +225,12 @@ mod tests {
             pod: 0,
             selected_by: None,
         };
-        let dumped = workload(&one);
+        let dumped = workload(&one, "west");
         for (key, value) in [
-            ("uid", json!("Kubernetes//Pod/shop/web-5d4f8c7b9c-x2x7q")),
+            ("uid", json!("west//Pod/shop/web-5d4f8c7b9c-x2x7q")),
             ("workloadIps", json!(["10.0.0.1"])),
             ("protocol", json!("HBONE")),
+            ("clusterId", json!("west")),
             ("name", json!("web-5d4f8c7b9c-x2x7q")),
             ("namespace", json!("shop")),
             ("serviceAccount", json!("front")),

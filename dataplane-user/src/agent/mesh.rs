@@ -103,7 +103,9 @@ impl Mesh {
         ));
         let rules = policies.clone();
         let directory = Directory::new(settings.trust_domain.clone(), Box::new(move |pod| plaintext(&rules, pod)));
-        let shared = Shared::new(maps.clone(), directory.view(), store.clone(), policies.clone(), settings.local_tls);
+        let cluster = settings.istio.cluster_id.as_str().into();
+        let (view, rules) = (directory.view(), policies.clone());
+        let shared = Shared::new(cluster, maps.clone(), view, store.clone(), rules, settings.local_tls);
         // Before the first of the tunnel's buffers.
         kernel::keep_heap();
         let tunnel = Tunnel::start(shared, settings.workers).context("the tunnel's threads cannot be started")?;

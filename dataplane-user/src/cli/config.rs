@@ -13,8 +13,8 @@ pub struct DumpArgs {
     /// Not the options but the services, backends, pods and nodes that the agent knows, as `--source file:` reads them
     #[arg(long)]
     state: bool,
-    /// The mesh in the shape of ztunnel's /config_dump: workloads, services, policies, certificates. Always JSON, for
-    /// `istioctl ztunnel-config all --file`
+    /// The mesh in the shape of ztunnel's /config_dump: workloads, services, policies, certificates, connections. Always
+    /// JSON, for `istioctl ztunnel-config all --file`
     #[arg(long, conflicts_with = "state")]
     ztunnel: bool,
     #[command(flatten)]
@@ -38,9 +38,10 @@ pub fn dump(args: &DumpArgs) -> anyhow::Result<ExitCode> {
     }
     let mut client = Client::connect(&args.agent.socket()?)?;
     if args.ztunnel {
-        let node = settings(client.config()?)?.into_iter().find(|(key, ..)| key == "node-name");
-        let node = node.and_then(|(_, value, _)| value.as_str().map(str::to_owned)).unwrap_or_default();
-        json(&ztunnel::dump(&client.mesh()?, &client.state()?, &node)?)?;
+        let settings = settings(client.config()?)?;
+        let said = |key: &str| settings.iter().find(|setting| setting.0 == key).and_then(|setting| setting.1.as_str());
+        let [node, cluster] = ["node-name", "cluster-id"].map(|key| said(key).unwrap_or_default());
+        json(&ztunnel::dump(&client.mesh()?, &client.state()?, node, cluster)?)?;
         return Ok(ExitCode::SUCCESS);
     }
     if args.state {

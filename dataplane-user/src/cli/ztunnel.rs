@@ -6,19 +6,28 @@ use serde_json::{Map, Value, json};
 
 use crate::{
     admin::{protocol::MeshObject, ztunnel},
-    identity::istio::CLUSTER,
     model::{Backend, Service, Snapshot},
     tunnel::host_of,
 };
 
-/// `node`: this one's name.
-pub fn dump(mesh: &[MeshObject], state: &Snapshot, node: &str) -> anyhow::Result<Value> {
+/// `node`: this one's name; `cluster`: Istio's name of the cluster.
+pub fn dump(mesh: &[MeshObject], state: &Snapshot, node: &str, cluster: &str) -> anyhow::Result<Value> {
     let ending: HashSet<_> =
-        state.pods.iter().filter(|pod| pod.terminating).map(|pod| ztunnel::uid(&pod.name)).collect();
+        state.pods.iter().filter(|pod| pod.terminating).map(|pod| ztunnel::uid(cluster, &pod.name)).collect();
     let mut lists: BTreeMap<&str, Vec<Value>> =
         ["workloads", "policies", "certificates"].map(|list| (list, Vec::new())).into();
+    let mut states = Map::new();
     for object in mesh {
         let mut value: Value = serde_json::from_str(&object.json)?;
+        if object.list == "workloadState" {
+            let uid = value.as_object_mut().and_then(|state| state.remove("uid"));
+            let uid = uid.as_ref().and_then(Value::as_str).unwrap_or_default().to_owned();
+            if ending.contains(&uid) {
+                value["state"] = "Draining".into();
+            }
+            states.insert(uid, value);
+            continue;
+        }
         if object.list == "workloads" {
             if value["local"] == true {
                 value["node"] = node.into();
@@ -34,12 +43,14 @@ pub fn dump(mesh: &[MeshObject], state: &Snapshot, node: &str) -> anyhow::Result
         backends.entry(&backend.service).or_default().push(backend);
     }
     let none = Vec::new();
-    let services = state.services.iter().map(|one| service(one, backends.get(&*one.name).unwrap_or(&none)));
+    let services = state.services.iter().map(|one| service(one, backends.get(&*one.name).unwrap_or(&none), cluster));
     lists.insert("services", services.collect());
-    Ok(json!(lists))
+    let mut dump = json!(lists);
+    dump["workloadState"] = states.into();
+    Ok(dump)
 }
 
-fn service(service: &Service, backends: &[&Backend]) -> Value {
+fn service(service: &Service, backends: &[&Backend], cluster: &str) -> Value {
     let (namespace, name) = service.name.split_once('/').unwrap_or(("", &service.name));
     let host = host_of(&service.name);
     // A named target port may be another number on each pod: then it is 0, as in ztunnel.
@@ -53,8 +64,8 @@ fn service(service: &Service, backends: &[&Backend]) -> Value {
     for backend in backends {
         let Some(port) = service.ports.iter().find(|port| port.name == backend.port) else { continue };
         let who = match &backend.pod {
-            Some(pod) => ztunnel::uid(pod),
-            None => format!("{}//Address/{}", CLUSTER, backend.address),
+            Some(pod) => ztunnel::uid(cluster, pod),
+            None => format!("{cluster}//Address/{}", backend.address),
         };
         endpoints.entry(who).or_default().insert(port.port.to_string(), backend.target_port.into());
     }
@@ -92,18 +103,23 @@ mod tests {
             "pods": [{"name": "shop/web-1", "terminating": true}],
         }))
         .unwrap();
-        let workload = json!({"uid": ztunnel::uid("shop/web-1"), "local": true, "node": "", "status": "Healthy"});
-        let mesh = [MeshObject { list: "workloads".into(), json: workload.to_string() }];
-        let dumped = dump(&mesh, &state, "node-1").unwrap();
+        let uid = "west//Pod/shop/web-1";
+        let workload = json!({"uid": uid, "local": true, "node": "", "status": "Healthy"});
+        let carried = json!({"uid": uid, "state": "Up", "connections": {"inbound": [], "outbound": []}});
+        let mesh = [("workloads", workload), ("workloadState", carried)]
+            .map(|(list, object)| MeshObject { list: list.into(), json: object.to_string() });
+        let dumped = dump(&mesh, &state, "node-1", "west").unwrap();
         assert_eq!(dumped["workloads"][0]["node"], "node-1");
         assert_eq!(dumped["workloads"][0]["status"], "Unhealthy");
         assert_eq!(dumped["certificates"], json!([]));
+        let carried = json!({uid: {"state": "Draining", "connections": {"inbound": [], "outbound": []}}});
+        assert_eq!(dumped["workloadState"], carried);
         let service = &dumped["services"][0];
         assert_eq!(service["hostname"], "web.shop.svc.cluster.local");
         assert_eq!(service["vips"], json!(["/10.96.0.1"]));
         assert_eq!(service["ports"], json!({"80": 8080}));
-        let wanted = json!({"Kubernetes//Pod/shop/web-1": {"workloadUid": "Kubernetes//Pod/shop/web-1",
-            "service": "shop/web.shop.svc.cluster.local", "port": {"80": 8080}}});
+        let wanted =
+            json!({uid: {"workloadUid": uid, "service": "shop/web.shop.svc.cluster.local", "port": {"80": 8080}}});
         assert_eq!(service["endpoints"], wanted);
     }
 }

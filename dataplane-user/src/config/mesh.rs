@@ -40,7 +40,7 @@ pub struct MeshOptions {
     #[arg(long, env = "HITLESS_ISTIO_TOKEN", value_name = "FILE")]
     pub istio_token: Option<PathBuf>,
 
-    /// With istio: istiod's name of this cluster [default: Kubernetes]
+    /// Istio's name of this cluster, as istiod, metrics, dumps and peers are told it [default: Kubernetes]
     #[arg(long, env = "HITLESS_CLUSTER_ID", value_name = "NAME")]
     pub cluster_id: Option<String>,
 

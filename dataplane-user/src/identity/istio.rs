@@ -4,7 +4,10 @@ use std::{
     collections::BTreeMap,
     error::Error as _,
     path::{Path, PathBuf},
-    sync::{Mutex, PoisonError},
+    sync::{
+        Mutex, PoisonError,
+        atomic::{AtomicBool, Ordering::Relaxed},
+    },
     time::{Duration, SystemTime},
 };
 
@@ -49,7 +52,7 @@ pub struct IstioConfig {
     /// A projected service account token of the audience `istio-ca`, read again for each certificate.
     pub token: PathBuf,
     pub cluster_id: String,
-    /// Asked for; istiod may give less.
+    /// Asked for. An istiod whose longest is shorter refuses that, and is then asked for what it gives by itself.
     pub life: Duration,
 }
 
@@ -89,6 +92,8 @@ pub struct Istio {
     /// And the root file's content that it was made with.
     channel: Mutex<Option<(Zeroizing<Vec<u8>>, Channel)>>,
     roots: Mutex<Roots>,
+    /// It refused the life that is asked for.
+    own_life: AtomicBool,
 }
 
 /// An answer names the roots of the istiod that gave it, and of two that are being moved to a new root one may name the
@@ -99,17 +104,40 @@ struct Roots(BTreeMap<Vec<u8>, SystemTime>);
 impl Istio {
     pub fn new(config: IstioConfig) -> Self {
         let name = format!("istiod at {}", config.address);
-        Self { name, config, channel: Mutex::default(), roots: Mutex::default() }
+        let (channel, roots, own_life) = Default::default();
+        Self { name, config, channel, roots, own_life }
     }
 
     async fn ask(&self, id: &SpiffeId) -> Result<Issued, IssueError> {
         let made = |error: rcgen::Error| IssueError::temporary(id, error.to_string(), "it is tried again");
         let Request { key, csr, .. } = Request::new(id).map_err(made)?;
         let mut client = IstioCertificateServiceClient::new(self.channel(id)?);
+        let answer = loop {
+            let own_life = self.own_life.load(Relaxed);
+            match client.create_certificate(self.request(id, csr.clone(), own_life)?).await {
+                Ok(answer) => break answer,
+                Err(status) if !own_life && too_long(&status) => self.own_life.store(true, Relaxed),
+                Err(status) => return Err(self.explain(id, &status)),
+            }
+        };
+        let (chain, roots) = split(&answer.into_inner().cert_chain)
+            .map_err(|flaw| IssueError::refused(id, format!("{} gave {flaw}", self.name), "see istiod's log"))?;
+        let until = parse(&chain[0], "the leaf").map(|leaf| validity(&leaf).1).unwrap_or(SystemTime::UNIX_EPOCH);
+        let roots = self.roots.lock().unwrap_or_else(PoisonError::into_inner).add(roots, until, SystemTime::now());
+        Ok(Issued { chain, key, roots })
+    }
+
+    /// `own_life`: the certificate is to live as long as istiod's do by themselves.
+    fn request(
+        &self,
+        id: &SpiffeId,
+        csr: String,
+        own_life: bool,
+    ) -> Result<tonic::Request<IstioCertificateRequest>, IssueError> {
         let impersonated = Value { kind: Some(Kind::StringValue(id.to_string())) };
         let mut request = tonic::Request::new(IstioCertificateRequest {
             csr,
-            validity_duration: self.config.life.as_secs() as i64,
+            validity_duration: if own_life { 0 } else { self.config.life.as_secs() as i64 },
             metadata: Some(Struct { fields: [(IMPERSONATED.to_owned(), impersonated)].into() }),
         });
         request.metadata_mut().insert("authorization", self.token(id)?);
@@ -121,12 +149,7 @@ impl Istio {
             )
         })?;
         request.metadata_mut().insert("clusterid", cluster);
-        let answer = client.create_certificate(request).await.map_err(|status| self.explain(id, &status))?;
-        let (chain, roots) = split(&answer.into_inner().cert_chain)
-            .map_err(|flaw| IssueError::refused(id, format!("{} gave {flaw}", self.name), "see istiod's log"))?;
-        let until = parse(&chain[0], "the leaf").map(|leaf| validity(&leaf).1).unwrap_or(SystemTime::UNIX_EPOCH);
-        let roots = self.roots.lock().unwrap_or_else(PoisonError::into_inner).add(roots, until, SystemTime::now());
-        Ok(Issued { chain, key, roots })
+        Ok(request)
     }
 
     /// The connection is kept; a root file that changed makes a new one.
@@ -185,14 +208,16 @@ impl Istio {
             source = error.source();
         }
         match status.code() {
-            Code::Unauthenticated => {
-                let remedy = "it does not take the token: is its audience istio-ca, and is `clusterid` istiod's name of this \
+            // By the same code as a token that it does not take: only the words tell them apart.
+            Code::Unauthenticated if !status.message().contains("impersonation") => {
+                let remedy = "it does not take the token: is its audience istio-ca, and is --cluster-id istiod's name of this \
                               cluster?";
                 IssueError::refused(id, reason, remedy)
             }
-            Code::PermissionDenied => {
+            Code::Unauthenticated | Code::PermissionDenied => {
                 let remedy = "istiod gives a node the identities of its own pods, to accounts in CA_TRUSTED_NODE_ACCOUNTS: \
-                              is hitless' account one, and does a pod of that identity run here?";
+                              is hitless' account one, is the token this node's, and does a pod of that identity run here? \
+                              istiod's log says which";
                 IssueError::refused(id, reason, remedy)
             }
             Code::InvalidArgument | Code::Unimplemented | Code::NotFound | Code::FailedPrecondition => {
@@ -232,6 +257,11 @@ impl Roots {
         self.0.retain(|_, until| *until > now);
         self.0.keys().map(|root| root.clone().into()).collect()
     }
+}
+
+/// `MAX_WORKLOAD_CERT_TTL` is less than what was asked for.
+fn too_long(status: &Status) -> bool {
+    status.code() == Code::InvalidArgument && status.message().contains("TTL")
 }
 
 /// Chain and roots. The last text of the answer holds the roots, one or several.

@@ -7,7 +7,6 @@ use std::sync::{
 
 use super::text::{Exposition, Kind};
 use crate::{
-    identity::istio::CLUSTER,
     policy::Standing,
     tunnel::{
         Count, Shared, host_of,
@@ -31,7 +30,7 @@ pub fn expose(out: &mut Exposition, facts: &Facts) {
         out.sample(&[("state", state)], count as f64);
     }
     tunnel(out, &facts.shared);
-    traffic(out, &facts.shared.traffic);
+    traffic(out, &facts.shared.traffic, &facts.shared.cluster);
     certificates(out, &facts.shared);
     policies(out, &facts.shared);
 }
@@ -75,8 +74,8 @@ fn tunnel(out: &mut Exposition, shared: &Shared) {
 type Number = fn(&Tally) -> &AtomicU64;
 
 /// By the names and labels that Istio's dashboards expect.
-fn traffic(out: &mut Exposition, traffic: &Traffic) {
-    let all: Vec<_> = traffic.all().into_iter().map(|(series, tally)| (labels(&series), tally)).collect();
+fn traffic(out: &mut Exposition, traffic: &Traffic, cluster: &str) {
+    let all: Vec<_> = traffic.all().into_iter().map(|(series, tally)| (labels(&series, cluster), tally)).collect();
     let families: [(&str, &str, Number); 5] = [
         ("istio_tcp_connections_opened_total", "Connections that were opened.", |tally| &tally.opened),
         ("istio_tcp_connections_closed_total", "Connections that were closed.", |tally| &tally.closed),
@@ -93,7 +92,8 @@ fn traffic(out: &mut Exposition, traffic: &Traffic) {
     }
 }
 
-fn labels(series: &Series) -> Vec<(&'static str, String)> {
+/// Both ends are in this cluster: the mesh of a node knows no other.
+fn labels(series: &Series, cluster: &str) -> Vec<(&'static str, String)> {
     let known = |text: &str| if text.is_empty() { UNKNOWN.to_owned() } else { text.to_owned() };
     let principal = |end: &End| end.principal.as_ref().map_or_else(|| UNKNOWN.to_owned(), ToString::to_string);
     let Series { reporter, source, destination, service, flags, mutual_tls } = series;
@@ -106,7 +106,7 @@ fn labels(series: &Series) -> Vec<(&'static str, String)> {
         ("source_principal", principal(source)),
         ("source_app", known(&source.app)),
         ("source_version", known(&source.version)),
-        ("source_cluster", CLUSTER.into()),
+        ("source_cluster", cluster.into()),
         ("destination_service", if service.is_empty() { UNKNOWN.into() } else { host_of(service) }),
         ("destination_service_name", known(service_name)),
         ("destination_service_namespace", known(service_namespace)),
@@ -116,7 +116,7 @@ fn labels(series: &Series) -> Vec<(&'static str, String)> {
         ("destination_principal", principal(destination)),
         ("destination_app", known(&destination.app)),
         ("destination_version", known(&destination.version)),
-        ("destination_cluster", CLUSTER.into()),
+        ("destination_cluster", cluster.into()),
         ("request_protocol", "tcp".into()),
         ("response_flags", flags.as_str().into()),
         ("connection_security_policy", if *mutual_tls { "mutual_tls".into() } else { UNKNOWN.into() }),
@@ -196,7 +196,7 @@ mod tests {
         traffic.opened(series.clone()).response_bytes.fetch_add(9, Relaxed);
         traffic.failed(Series { flags: Flags::Denied, mutual_tls: false, ..series });
         let mut out = Exposition::default();
-        super::traffic(&mut out, &traffic);
+        super::traffic(&mut out, &traffic, "west");
         let text = out.finish();
         let line = |name: &str, label: &str| {
             let found = text.lines().find(|line| line.starts_with(&format!("{name}{{")) && line.contains(label));
@@ -205,6 +205,8 @@ mod tests {
         let opened = line("istio_tcp_connections_opened_total", "connection_security_policy=\"mutual_tls\"");
         for label in [
             "reporter=\"source\"",
+            "source_cluster=\"west\"",
+            "destination_cluster=\"west\"",
             "source_workload=\"web\"",
             "source_canonical_service=\"front\"",
             "destination_service=\"db.data.svc.cluster.local\"",

@@ -23,6 +23,8 @@ pub struct Access {
     pub source_workload: Option<Arc<Workload>>,
     /// What it proved; None: nothing.
     pub source_identity: Option<SpiffeId>,
+    /// What the client named: perhaps a service's address.
+    pub asked: SocketAddr,
     /// Where the connection goes to, or came in: port 15008 when it is tunnelled.
     pub destination: SocketAddr,
     /// The application's address when it is tunnelled.
@@ -168,6 +170,7 @@ mod tests {
             source: "10.0.0.1:40000".parse().unwrap(),
             source_identity: Some(source.identity.clone()),
             source_workload: Some(source),
+            asked: "10.96.0.1:5432".parse().unwrap(),
             destination: "10.0.0.2:15008".parse().unwrap(),
             hbone: Some("10.0.0.2:5432".parse().unwrap()),
             service: Some("data/db".into()),

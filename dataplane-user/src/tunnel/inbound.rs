@@ -172,7 +172,7 @@ impl Inbound {
                 }
             },
         };
-        match answer.accept(Some(&about(&way.workload))) {
+        match answer.accept(Some(&about(&way.workload, &way.inbound.worker.shared.cluster))) {
             Ok(stream) => {
                 way.inbound.worker.counts().one(count);
                 Some((way, request.client, stream))
@@ -192,6 +192,7 @@ impl Inbound {
             // A name is told of whoever proved it, or of plaintext that nobody proves.
             source_workload: source_workload.filter(|one| client.is_none_or(|client| one.identity == *client)),
             source_identity: client.cloned(),
+            asked: self.here,
             destination: self.here,
             hbone: client.map(|_| to),
             service: None,

@@ -51,6 +51,8 @@ use crate::{
 
 /// What all workers look up.
 pub struct Shared {
+    /// Istio's name of this cluster.
+    pub cluster: Arc<str>,
     pub maps: TunnelMaps,
     pub view: Arc<View>,
     pub store: Arc<Store>,
@@ -70,6 +72,7 @@ pub struct Shared {
 
 impl Shared {
     pub fn new(
+        cluster: Arc<str>,
         maps: TunnelMaps,
         view: Arc<View>,
         store: Arc<Store>,
@@ -77,7 +80,21 @@ impl Shared {
         local_tls: bool,
     ) -> Self {
         let (counts, pooled, traffic, tallies, stopping, pods, workers) = Default::default();
-        Self { maps, view, store, policies, counts, pooled, traffic, tallies, stopping, local_tls, pods, workers }
+        Self {
+            cluster,
+            maps,
+            view,
+            store,
+            policies,
+            counts,
+            pooled,
+            traffic,
+            tallies,
+            stopping,
+            local_tls,
+            pods,
+            workers,
+        }
     }
 
     /// Connections and streams that are carried now.

@@ -113,6 +113,7 @@ pub async fn carry(worker: &Rc<Worker>, pod: &Arc<LocalPod>, socket: TcpStream, 
         source: outbound.client,
         source_workload: Some(source.clone()),
         source_identity: Some(source.identity.clone()),
+        asked: original,
         destination: original,
         hbone: None,
         service,
@@ -217,7 +218,7 @@ impl Outbound<'_> {
             source_ip: self.client.ip(),
         };
         let metadata = Metadata {
-            baggage: Some(about(self.source)),
+            baggage: Some(about(self.source, &shared.cluster)),
             forwarded: Some(Forwarded::new(self.client, None)),
             traceparent: None,
             tries_elsewhere: true,
@@ -297,8 +298,9 @@ impl Outbound<'_> {
 }
 
 /// What is told of a workload.
-pub fn about(workload: &Workload) -> Baggage {
+pub fn about(workload: &Workload, cluster: &str) -> Baggage {
     Baggage {
+        cluster: Some(cluster.into()),
         namespace: Some(workload.namespace().into()),
         workload_type: Some("pod".into()),
         workload: Some(short_name(&workload.name).into()),

@@ -8,6 +8,7 @@ pub mod control;
 pub mod daemonset;
 pub mod gateway;
 pub mod image;
+pub mod istio;
 pub mod load;
 pub mod mesh;
 pub mod node;

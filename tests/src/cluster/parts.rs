@@ -18,6 +18,8 @@ const GO_OLDEST: (u32, u32) = (1, 25);
 const ENVOY: &str = "1.40.0";
 /// Changes with `tests/cluster/spire/go.mod`.
 const SPIRE: &str = "1.13.3";
+/// Changes with `tests/cluster/istio/go.mod`.
+const ISTIO: &str = "0.0.0-20260827124520-eed52ebb66ad";
 
 /// etcd, kube-apiserver, …, kubectl: one program that dispatches on its first argument.
 pub fn kubernetes() -> Result<PathBuf> {
@@ -67,6 +69,23 @@ pub fn spire() -> Result<PathBuf> {
         fs::create_dir_all(&new)?;
         let packages = ["github.com/spiffe/spire/cmd/spire-server", "github.com/spiffe/spire/cmd/spire-agent"];
         go_build("spire", "several minutes, once", "-s -w", Cgo::With, &new, &packages)?;
+        Ok(fs::rename(new, &dir)?)
+    })?;
+    Ok(dir)
+}
+
+/// The directory with `istio`, which is istiod and istioctl, and with Istio's `crds.yaml`.
+pub fn istio() -> Result<PathBuf> {
+    let dir = cache()?.join(format!("istio-{ISTIO}"));
+    once(&dir, || {
+        let new = cache()?.join(format!("istio-{ISTIO}.new"));
+        fs::create_dir_all(&new)?;
+        go_build("istio", "several minutes, once", "-s -w", Cgo::Without, &new.join("istio"), &["."])?;
+        let list = ["list", "-mod=readonly", "-m", "-f", "{{.Dir}}", "istio.io/istio"];
+        let module = output(Command::new(go()?).args(list).current_dir(module_dir("istio")))?;
+        let crds = Path::new(module.trim()).join("manifests/charts/base/files/crd-all.gen.yaml");
+        // A module's files are not writable, and this one is to be replaced with the rest.
+        fs::write(new.join("crds.yaml"), fs::read(crds)?)?;
         Ok(fs::rename(new, &dir)?)
     })?;
     Ok(dir)
@@ -172,7 +191,7 @@ enum Cgo {
 
 fn go_build(module: &str, time: &str, flags: &str, cgo: Cgo, out: &Path, packages: &[&str]) -> Result<()> {
     let go = go()?;
-    let dir = Path::new(env!("CARGO_MANIFEST_DIR")).join("cluster").join(module);
+    let dir = module_dir(module);
     eprintln!("Building {} with {} ({time})", dir.display(), go.display());
     run(Command::new("nice")
         .arg(go)
@@ -187,6 +206,11 @@ fn go_build(module: &str, time: &str, flags: &str, cgo: Cgo, out: &Path, package
                 Cgo::Without => "0",
             },
         ))
+}
+
+/// Where a program's Go module is.
+fn module_dir(name: &str) -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("cluster").join(name)
 }
 
 /// A Go that is new enough: the machine's, or one from the module proxy, where every release of Go is a module.

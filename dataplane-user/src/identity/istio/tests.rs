@@ -109,6 +109,25 @@ async fn a_certificate_is_asked_for_as_istios_node_proxy_does() {
 }
 
 #[tokio::test]
+async fn an_istiod_that_gives_less_than_is_asked_for_decides_itself_from_then_on() {
+    let root = Root::new("root");
+    let mut scene = scene(move |request| match request.validity_duration {
+        0 => Ok(vec![root.sign_request(&request.csr).unwrap(), root.pem()]),
+        _ => Err(Status::invalid_argument(
+            "CSR signing error (requested TTL 24h0m0s is greater than the max allowed TTL 1h0m0s)",
+        )),
+    });
+    for name in ["web", "db"] {
+        scene.istio.issue(&id(name)).await.unwrap();
+    }
+    let mut asked = Vec::new();
+    while let Ok(seen) = scene.seen.try_recv() {
+        asked.push(seen.request.validity_duration);
+    }
+    assert_eq!(asked, [86_400, 0, 0]);
+}
+
+#[tokio::test]
 async fn an_istiod_that_moves_to_another_root_leaves_nobody_out() {
     let (old, new) = (Root::new("old"), Root::new("new"));
     let (old_der, new_der) = (old.der(), new.der());
@@ -140,6 +159,11 @@ async fn several_roots_in_one_answer_are_all_trusted() {
 async fn refusals_say_what_to_do_and_failures_are_tried_again() {
     for (status, kind, words) in [
         (Status::unauthenticated("bad token"), IssueErrorKind::Refused, "audience istio-ca"),
+        (
+            Status::unauthenticated("request impersonation authentication failure"),
+            IssueErrorKind::Refused,
+            "CA_TRUSTED_NODE_ACCOUNTS",
+        ),
         (Status::permission_denied("not on this node"), IssueErrorKind::Refused, "CA_TRUSTED_NODE_ACCOUNTS"),
         (Status::invalid_argument("csr"), IssueErrorKind::Refused, "istiod's log"),
         (Status::unimplemented("no CA"), IssueErrorKind::Refused, "CA enabled"),
