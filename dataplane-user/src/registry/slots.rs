@@ -1,10 +1,11 @@
 //! `SERVICES` and `SLOTS` as the kernel has them: sections, swaps, the exact largest weight.
 
-use std::collections::{BTreeMap, HashSet};
+use std::collections::HashSet;
 
 use dataplane_ebpf::abi::{Service, ServiceId, Slot, SlotKey};
 
 use super::{change::Change, hash::HashMap, ids::Ids};
+use crate::few::Few;
 
 /// Which part of a service's slots a backend is in.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
@@ -28,8 +29,8 @@ pub struct Slots {
 struct Row {
     value: Service,
     entries: Vec<Entry>,
-    /// How many slots have each weight: the largest must be known exactly when one goes.
-    weights: BTreeMap<u16, u32>,
+    /// How many slots have each weight, of which there are few: the largest must be known exactly when one goes.
+    weights: Few<(u16, u32)>,
 }
 
 #[derive(Clone, Copy, Debug)]
@@ -252,17 +253,20 @@ impl Row {
 
     fn reweigh(&mut self, old: Option<u16>, new: Option<u16>) {
         if let Some(weight) = new {
-            *self.weights.entry(weight).or_default() += 1;
+            match self.weights.iter_mut().find(|(known, _)| *known == weight) {
+                Some((_, count)) => *count += 1,
+                None => self.weights.push((weight, 1)),
+            }
         }
         if let Some(weight) = old
-            && let Some(count) = self.weights.get_mut(&weight)
+            && let Some((_, count)) = self.weights.iter_mut().find(|(known, _)| *known == weight)
         {
             *count -= 1;
             if *count == 0 {
-                self.weights.remove(&weight);
+                self.weights.retain(|(known, _)| *known != weight);
             }
         }
-        self.value.max_weight = self.weights.last_key_value().map_or(0, |(&weight, _)| weight.into());
+        self.value.max_weight = self.weights.iter().map(|(weight, _)| *weight).max().unwrap_or(0).into();
     }
 }
 

@@ -149,7 +149,7 @@ fn deletions(
     let us = |samples: &[u64], q| quantile(samples, q) / 1000.0;
     Ok(vec![
         Figure::new("kube_event_to_map_p50", lags.quantile_us(0.5), "us").goal(Goal::ValueAtMost(20.0)).note(
-            "a pod's deletion: last byte of the watch event read to all maps changed, as the agent times it (interpolated in its histogram)",
+            "a pod's deletion: last byte of the watch event read to the health word changed, as the agent times it (interpolated in its histogram)",
         ),
         Figure::new("kube_event_to_map_p99", lags.quantile_us(0.99), "us").goal(Goal::ValueAtMost(100.0)).note("the same, p99"),
         Figure::new("kube_delete_to_map_p50", us(&from_request, 0.5), "us")
