@@ -3,6 +3,7 @@
 use std::{
     net::{SocketAddr, TcpStream},
     os::fd::{AsRawFd, OwnedFd},
+    time::{Duration, Instant},
 };
 
 use dataplane_ebpf::abi::Stat;
@@ -167,9 +168,16 @@ fn a_flow_that_ended_leaves_nothing_for_long() {
     hear(&mut open);
     let now = dataplane_user::kernel::monotonic_ns();
     assert_eq!(bench.opened.kernel.sweep(now).expect("walks").removed, 0, "ended flows linger");
-    let later = bench.opened.kernel.sweep(now + 20_000_000_000).expect("walks");
-    // Two entries each.
-    assert_eq!((later.seen, later.removed), (22, 20), "{later:?}");
+    // Two entries each. The server may still be about to close its end of the last ones.
+    let (mut removed, mut left) = (0, 22);
+    let deadline = Instant::now() + Duration::from_secs(5);
+    while removed < 20 && Instant::now() < deadline {
+        let later = bench.opened.kernel.sweep(now + 20_000_000_000).expect("walks");
+        assert_eq!(later.seen, left, "{later:?}");
+        (removed, left) = (removed + later.removed, left - later.removed);
+        std::thread::sleep(Duration::from_millis(10));
+    }
+    assert_eq!((removed, left), (20, 2));
     exchange(&open, 1);
 }
 
