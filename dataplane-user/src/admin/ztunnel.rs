@@ -27,11 +27,10 @@ use crate::{
 pub fn dump(shared: &Shared, carried: &[Carried]) -> Vec<MeshObject> {
     let object = |list: &str, value: Value| MeshObject { list: list.into(), json: value.to_string() };
     let workloads = shared.view.all();
-    let here = workloads.values().filter(|one| one.pod != 0);
-    let states = here.map(|one| object("workloadState", workload_state(one, carried, &shared.cluster)));
-    let states: Vec<_> = states.collect();
     let policies = shared.policies.read(Policies::authorizations);
     let held = shared.store.held();
+    let here = workloads.values().filter(|one| one.pod != 0);
+    let states = here.map(|one| object("workloadState", workload_state(one, carried, &shared.cluster)));
     let workloads = workloads.values().map(|one| object("workloads", workload(one, &shared.cluster)));
     let policies = policies.iter().map(|one| object("policies", policy(&one.source)));
     let certificates = held

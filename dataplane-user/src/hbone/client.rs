@@ -117,7 +117,7 @@ pub struct Connection {
 }
 
 impl Connection {
-    /// Handshakes on a dialled socket and starts the connection's driver. Call inside a `LocalSet`.
+    /// Handshakes on a dialled socket and starts the connection's driver. Call where tasks may be `spawn_local`.
     pub async fn open(
         tcp: TcpStream,
         address: SocketAddr,

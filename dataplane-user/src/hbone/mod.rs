@@ -1,7 +1,7 @@
 //! The tunnel's protocol: CONNECT streams of HTTP/2 in mutual TLS on port 15008, as Istio ambient speaks it (HBONE).
 //!
 //! A library over tokio sockets that others opened: it decides neither where to connect nor who may. It runs on
-//! current-thread runtimes inside a `LocalSet`; nothing here is shared between workers.
+//! current-thread runtimes where tasks may be `spawn_local` (a local runtime, a `LocalSet`); nothing here is shared between workers.
 
 mod bounds;
 pub mod client;

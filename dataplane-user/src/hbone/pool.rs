@@ -82,7 +82,7 @@ impl Pool {
     }
 
     /// Opens a stream on a pooled connection, or on a new one that `dial` gives a socket for. `context` must be of
-    /// `key.source`. Many callers share one dial; when it fails it fails for all of them. Call inside a `LocalSet`.
+    /// `key.source`. Many callers share one dial; when it fails it fails for all of them. Call where tasks may be `spawn_local`.
     pub async fn connect<F, Fut>(
         &self,
         key: &Key,

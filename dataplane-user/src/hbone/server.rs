@@ -145,7 +145,7 @@ impl Drop for Answer {
 }
 
 /// Serves an accepted socket until it ends. Each CONNECT runs `service` in a task of its own, which also does the
-/// relaying. Call inside a `LocalSet`.
+/// relaying. Call where tasks may be `spawn_local`.
 pub async fn serve<S, Fut>(
     tcp: TcpStream,
     peer: SocketAddr,

@@ -2,14 +2,19 @@
 //!
 //! The control plane may learn of it seconds later; until then the word in the maps is all there is.
 
-use std::{collections::HashMap, os::fd::AsFd, path::Path};
+use std::{collections::HashMap, path::Path};
 
 use dataplane_ebpf::{
     abi::{Addr, Backend, Endpoint},
     health::{Health, Input, State},
 };
 
-use super::{error::Error, mapped::MappedArray, maps::Maps, sys, writer};
+use super::{
+    error::Error,
+    mapped::MappedArray,
+    maps::{Maps, checked},
+    sys, writer,
+};
 
 /// The backends of an agent before, in maps that this agent does not adopt.
 #[derive(Debug)]
@@ -21,7 +26,7 @@ pub struct Before {
 impl Before {
     /// `None`: there are none, or a backend is laid out otherwise there.
     pub fn open(directory: &Path) -> Option<Self> {
-        Some(Self { backends: open(&directory.join("BACKENDS"))?, health: open(&directory.join("HEALTH"))? })
+        Some(Self { backends: open(directory, "BACKENDS")?, health: open(directory, "HEALTH")? })
     }
 
     /// Tells this agent's health words what those say beyond the control plane's word.
@@ -56,11 +61,8 @@ const fn key(at: &Endpoint) -> (Addr, u16, u8) {
     (at.addr, at.port_be, at.proto)
 }
 
-fn open<T: aya::Pod>(pin: &Path) -> Option<MappedArray<T>> {
-    let map = sys::open_pin(pin).ok()?;
-    let info = sys::map_info(map.as_fd()).ok()?;
-    if info.value_size as usize != size_of::<T>() {
-        return None;
-    }
+fn open<T: aya::Pod>(directory: &Path, name: &'static str) -> Option<MappedArray<T>> {
+    let map = sys::open_pin(&directory.join(name)).ok()?;
+    let info = checked::<u32, T>(name, &map).ok()?;
     MappedArray::new(map, info.max_entries, false).ok()
 }

@@ -3,7 +3,7 @@
 use std::{
     io,
     os::fd::{AsFd, BorrowedFd, OwnedFd},
-    path::Path,
+    path::{Path, PathBuf},
     sync::Arc,
 };
 
@@ -151,11 +151,38 @@ impl HashMap {
 }
 
 /// Whether keys and values are as long as this agent takes them to be.
-fn checked<K, V>(map: &'static str, fd: &OwnedFd) -> Result<sys::MapInfo, Error> {
+pub fn checked<K, V>(map: &'static str, fd: &OwnedFd) -> Result<sys::MapInfo, Error> {
     let info =
         sys::map_info(fd.as_fd()).map_err(|source| Error::Map { map, doing: "asking for its layout", source })?;
     let (found, expected) = ((info.key_size, info.value_size), (size_of::<K>() as u32, size_of::<V>() as u32));
     if found == expected { Ok(info) } else { Err(Error::Layout { map, found, expected }) }
+}
+
+/// Where maps are opened from.
+struct Pins<'a, F> {
+    pin: F,
+    sizes: &'a Sizes,
+    writable: bool,
+}
+
+impl<F: Fn(&str) -> PathBuf> Pins<'_, F> {
+    fn open<K, V>(&self, name: &'static str) -> Result<(OwnedFd, sys::MapInfo), Error> {
+        let path = (self.pin)(name);
+        // Not read-only even for a look: the kernel maps arrays only for descriptors that may write.
+        let map = sys::open_pin(&path).map_err(|source| pin_error(&path, source))?;
+        let info = checked::<K, V>(name, &map)?;
+        Ok((map, info))
+    }
+
+    fn hash<K, V>(&self, name: &'static str) -> Result<HashMap, Error> {
+        let (map, _) = self.open::<K, V>(name)?;
+        Ok(HashMap { name, size: self.sizes.of(name).unwrap_or(0), fd: Arc::new(map) })
+    }
+
+    fn array<T: Pod>(&self, name: &'static str, size: u32) -> Result<MappedArray<T>, Error> {
+        let (map, _) = self.open::<u32, T>(name)?;
+        MappedArray::new(map, size, self.writable).map_err(|source| Error::Map { map: name, doing: "mmap", source })
+    }
 }
 
 /// All maps of the object that the agent reads or writes.
@@ -186,42 +213,28 @@ pub struct Maps {
 
 impl Maps {
     /// Opens the pins. `writable` false: for a look from outside.
-    pub fn open(pin: impl Fn(&str) -> std::path::PathBuf, sizes: &Sizes, writable: bool) -> Result<Self, Error> {
-        let open = |name: &'static str| -> Result<OwnedFd, Error> {
-            let path = pin(name);
-            // Not read-only even for a look: the kernel maps arrays only for descriptors that may write.
-            sys::open_pin(&path).map_err(|source| pin_error(&path, source))
-        };
-        fn hash<K, V>(name: &'static str, fd: OwnedFd, sizes: &Sizes) -> Result<HashMap, Error> {
-            checked::<K, V>(name, &fd)?;
-            Ok(HashMap { name, size: sizes.of(name).unwrap_or(0), fd: Arc::new(fd) })
-        }
-        fn mapped<T: Pod>(name: &'static str, fd: OwnedFd, size: u32, writable: bool) -> Result<MappedArray<T>, Error> {
-            checked::<u32, T>(name, &fd)?;
-            MappedArray::new(fd, size, writable).map_err(|source| Error::Map { map: name, doing: "mmap", source })
-        }
-        let settings = open("SETTINGS")?;
-        let number = checked::<u32, abi::Settings>("SETTINGS", &settings)?.id;
+    pub fn open(pin: impl Fn(&str) -> PathBuf, sizes: &Sizes, writable: bool) -> Result<Self, Error> {
+        let pins = Pins { pin, sizes, writable };
         Ok(Self {
-            number,
-            frontends: hash::<abi::Endpoint, abi::Frontend>("FRONTENDS", open("FRONTENDS")?, sizes)?,
-            slots: hash::<abi::SlotKey, abi::Slot>("SLOTS", open("SLOTS")?, sizes)?,
-            backend_index: hash::<abi::Endpoint, u32>("BACKEND_INDEX", open("BACKEND_INDEX")?, sizes)?,
-            pods: hash::<u64, abi::Pod>("PODS", open("PODS")?, sizes)?,
-            listeners: hash::<abi::ListenerKey, i32>("LISTENERS", open("LISTENERS")?, sizes)?,
-            affinity: hash::<abi::AffinityKey, abi::Affinity>("AFFINITY", open("AFFINITY")?, sizes)?,
-            suspects: hash::<abi::SuspectKey, abi::Suspects>("SUSPECTS", open("SUSPECTS")?, sizes)?,
-            rebinds: hash::<abi::FlowKey, abi::Rebind>("REBINDS", open("REBINDS")?, sizes)?,
-            mesh: hash::<abi::Addr, abi::MeshAddress>("MESH", open("MESH")?, sizes)?,
-            tunnelled: hash::<abi::LocalConnection, abi::Tunnelled>("TUNNELLED", open("TUNNELLED")?, sizes)?,
-            inbound: hash::<abi::Addr, u32>("INBOUND", open("INBOUND")?, sizes)?,
-            sockets: hash::<i32, abi::Socket>("SOCKETS", open("SOCKETS")?, sizes)?,
-            services: mapped("SERVICES", open("SERVICES")?, sizes.services, writable)?,
-            backends: mapped("BACKENDS", open("BACKENDS")?, sizes.backends, writable)?,
-            health: mapped("HEALTH", open("HEALTH")?, sizes.backends, writable)?,
-            settings: mapped("SETTINGS", settings, 1, writable)?,
-            rebound: mapped("REBOUND", open("REBOUND")?, 1, writable)?,
-            stats: open("STATS")?,
+            number: pins.open::<u32, abi::Settings>("SETTINGS")?.1.id,
+            frontends: pins.hash::<abi::Endpoint, abi::Frontend>("FRONTENDS")?,
+            slots: pins.hash::<abi::SlotKey, abi::Slot>("SLOTS")?,
+            backend_index: pins.hash::<abi::Endpoint, u32>("BACKEND_INDEX")?,
+            pods: pins.hash::<u64, abi::Pod>("PODS")?,
+            listeners: pins.hash::<abi::ListenerKey, i32>("LISTENERS")?,
+            affinity: pins.hash::<abi::AffinityKey, abi::Affinity>("AFFINITY")?,
+            suspects: pins.hash::<abi::SuspectKey, abi::Suspects>("SUSPECTS")?,
+            rebinds: pins.hash::<abi::FlowKey, abi::Rebind>("REBINDS")?,
+            mesh: pins.hash::<abi::Addr, abi::MeshAddress>("MESH")?,
+            tunnelled: pins.hash::<abi::LocalConnection, abi::Tunnelled>("TUNNELLED")?,
+            inbound: pins.hash::<abi::Addr, u32>("INBOUND")?,
+            sockets: pins.hash::<i32, abi::Socket>("SOCKETS")?,
+            services: pins.array("SERVICES", sizes.services)?,
+            backends: pins.array("BACKENDS", sizes.backends)?,
+            health: pins.array("HEALTH", sizes.backends)?,
+            settings: pins.array("SETTINGS", 1)?,
+            rebound: pins.array("REBOUND", 1)?,
+            stats: pins.open::<u32, u64>("STATS")?.0,
         })
     }
 

@@ -82,9 +82,18 @@ impl Element {
 }
 
 pub fn map_lookup<K: Pod, V: Pod + Default>(map: BorrowedFd<'_>, key: &K) -> io::Result<Option<V>> {
+    read_element(MAP_LOOKUP_ELEM, map, key)
+}
+
+/// Looks it up and deletes it, in one call (Linux 5.14, commit 3e87f192b405).
+pub fn map_take<K: Pod, V: Pod + Default>(map: BorrowedFd<'_>, key: &K) -> io::Result<Option<V>> {
+    read_element(MAP_LOOKUP_AND_DELETE_ELEM, map, key)
+}
+
+fn read_element<K: Pod, V: Pod + Default>(command: i32, map: BorrowedFd<'_>, key: &K) -> io::Result<Option<V>> {
     let mut value = V::default();
     let mut attributes = Element::new(map, key, std::ptr::from_mut(&mut value) as u64);
-    match bpf(MAP_LOOKUP_ELEM, &mut attributes) {
+    match bpf(command, &mut attributes) {
         Ok(_) => Ok(Some(value)),
         Err(error) if error.raw_os_error() == Some(libc::ENOENT) => Ok(None),
         Err(error) => Err(error),
@@ -107,17 +116,6 @@ pub fn map_delete<K: Pod>(map: BorrowedFd<'_>, key: &K) -> io::Result<bool> {
     match bpf(MAP_DELETE_ELEM, &mut Element::new(map, key, 0)) {
         Ok(_) => Ok(true),
         Err(error) if error.raw_os_error() == Some(libc::ENOENT) => Ok(false),
-        Err(error) => Err(error),
-    }
-}
-
-/// Looks it up and deletes it, in one call (Linux 5.14, commit 3e87f192b405).
-pub fn map_take<K: Pod, V: Pod + Default>(map: BorrowedFd<'_>, key: &K) -> io::Result<Option<V>> {
-    let mut value = V::default();
-    let mut attributes = Element::new(map, key, std::ptr::from_mut(&mut value) as u64);
-    match bpf(MAP_LOOKUP_AND_DELETE_ELEM, &mut attributes) {
-        Ok(_) => Ok(Some(value)),
-        Err(error) if error.raw_os_error() == Some(libc::ENOENT) => Ok(None),
         Err(error) => Err(error),
     }
 }

@@ -404,13 +404,18 @@ impl Registry {
 
     /// Terminating if any of its objects says so; serving if any of those says so.
     fn terminating(&self, number: u32) -> Option<bool> {
+        self.terminating_with(number, NONE)
+    }
+
+    /// The same once that pod ends, too.
+    pub(super) fn terminating_with(&self, number: u32, pod: Index) -> Option<bool> {
         self.objects_of(number)
-            .filter(|(.., object)| self.ends(object))
+            .filter(|(.., object)| self.ends(object) || (object.pod == pod && pod != NONE))
             .map(|(.., object)| object.serving)
             .reduce(|a, b| a || b)
     }
 
-    pub(super) fn ends(&self, object: &Object) -> bool {
+    fn ends(&self, object: &Object) -> bool {
         object.terminating || (object.pod != NONE && self.pods[object.pod].terminating)
     }
 

